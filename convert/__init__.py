@@ -1,0 +1,1 @@
+"""Between published PyTorch checkpoints and ours. Installed as `deqa_jax.convert`."""

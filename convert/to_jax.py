@@ -1,0 +1,174 @@
+"""`deqa convert`: a published checkpoint to a folder of ours, and the cache that `--model` uses."""
+
+import hashlib
+import importlib.metadata
+import logging
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deqa_jax.checkpoint import (
+    is_checkpoint,
+    new_folder,
+    parameter_shapes,
+    write_checkpoint,
+)
+
+from .hf import Published, open_published, side_files
+from .names import Rule, account, rules_for
+from .peft import is_adapter, merge_adapter
+from .progress import progress_bar
+from .tensors import FLOAT_DTYPES, ConversionError, Tensor, dtype_name
+
+_LOG = logging.getLogger(__name__)
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_FILES = ("*.json", "*.bin", "*.safetensors", "tokenizer.model")
+
+
+def locate(source: str) -> Path:
+    """The folder of a published checkpoint: a local path as it is, a hub id downloaded (the only use of network).
+
+    Raises:
+      ConversionError: there is no such folder, or the hub cannot be reached or has no such repository.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ConversionError([f"{source}: a file; name the folder that holds config.json and the weights"])
+    if not _HUB_ID.fullmatch(source):
+        raise ConversionError([f"{source}: no such folder"])
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(huggingface_hub.snapshot_download(source, allow_patterns=list(_HUB_FILES)))
+    except HfHubHTTPError as error:
+        raise ConversionError([f"{source}: no such folder, and the hub refused it as an id: {error}"]) from error
+    # Whatever the network layer raises when there is no network; its types are not this library's to know.
+    except Exception as error:
+        raise ConversionError(
+            [
+                f"{source}: no such folder, and as a hub id it could not be downloaded: there is no network, or the "
+                f"hub is out of reach ({type(error).__name__}). Download it elsewhere and name the folder."
+            ]
+        ) from error
+
+
+def convert(source: str, out: Path, *, base: str | None = None, dtype: str | None = None) -> None:
+    """Converts a published checkpoint, full or LoRA, into a folder that `Checkpoint.open` reads.
+
+    Streamed: memory grows with the largest stacked parameter, not with the checkpoint. Atomic: `out` appears
+    when it is complete.
+
+    Args:
+      source: a folder or a hub id.
+      out: the folder to make.
+      base: for a LoRA adapter, the full checkpoint that it was trained on.
+      dtype: what to store; by default what the source stores, and float32 for weights merged with an adapter.
+
+    Raises:
+      ConversionError: the checkpoint is not exactly one of this model; every violation is listed.
+      FileExistsError: `out` is there already.
+    """
+    if out.exists():
+        raise FileExistsError(f"{out} exists already; remove it or choose another name")
+    folder = locate(source)
+    published, folders = _open(folder, source, base)
+    shapes = parameter_shapes(published.config)
+    problems = account(published.config, shapes, published.tensors)
+    if problems:
+        raise ConversionError(problems)
+
+    stored = FLOAT_DTYPES[dtype] if dtype else None
+    leaves = {path: _stacked(rule, shapes[path], published, stored) for path, rule in rules_for(shapes).items()}
+    files = {path.name: path.read_bytes() for folder in folders for path in side_files(folder)}
+    total = sum(leaf.num_bytes for leaf in leaves.values())
+    with new_folder(out) as temporary, progress_bar("convert", total) as progress:
+        write_checkpoint(
+            temporary,
+            config=published.config,
+            leaves=leaves,
+            side_files=files,
+            published_config=published.published_config,
+            provenance=_provenance(source, base, published),
+            progress=progress,
+        )
+
+
+def _open(folder: Path, source: str, base: str | None) -> tuple[Published, list[Path]]:
+    """The checkpoint, and the folders to take tokenizer and preprocessor files from, the last one winning."""
+    if not is_adapter(folder):
+        if base is not None:
+            raise ConversionError([f"{source}: a full checkpoint; --base is for LoRA adapters"])
+        return open_published(folder), [folder]
+    if base is None:
+        raise ConversionError([f"{source}: a LoRA adapter; name the checkpoint it was trained on with --base"])
+    base_folder = locate(base)
+    if is_adapter(base_folder):
+        raise ConversionError([f"{base}: a LoRA adapter too; --base is the full checkpoint"])
+    return merge_adapter(folder, open_published(base_folder)), [folder, base_folder]
+
+
+def _stacked(rule: Rule, shape: tuple[int, ...], published: Published, dtype: np.dtype | None) -> Tensor:
+    """One of our parameters, assembled from its published tensors when it is read."""
+    parts = [published.tensors[key] for key in rule.keys(shape)]
+    target = dtype or np.result_type(*(part.dtype for part in parts))
+
+    def read() -> np.ndarray:
+        array = np.empty(shape, target)
+        for i, part in enumerate(parts):
+            array[i if rule.stacked else ...] = rule.form.to_ours(part.read())
+        return array
+
+    return Tensor(shape, target, read)
+
+
+def _provenance(source: str, base: str | None, published: Published) -> dict[str, Any]:
+    return {
+        "source": source,
+        "base": base,
+        "files": {path.name: _sha256(path) for path in published.weight_files},
+        "tensors": {key: dtype_name(tensor.dtype) for key, tensor in published.tensors.items()},
+        "versions": {name: importlib.metadata.version(name) for name in ("deqa-jax", "jax", "orbax-checkpoint")},
+    }
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def resolve(model: str) -> Path:
+    """The converted folder behind what `--model` names, converted once into a cache if it is not converted yet.
+
+    Args:
+      model: a converted folder, a published one, or a hub id.
+
+    Raises:
+      ConversionError: it is none of these, or cannot be converted.
+    """
+    if is_checkpoint(Path(model)):
+        return Path(model)
+    folder = locate(model)
+    if is_adapter(folder):
+        raise ConversionError([f"{model}: a LoRA adapter; merge it first: deqa convert {model} OUT --base BASE"])
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deqa-jax" / "models"
+    cached = cache / f"{folder.resolve().name}-{_fingerprint(folder)}"
+    if not cached.exists():
+        _LOG.info("converting %s once into %s", model, cached)
+        convert(model, cached)
+    return cached
+
+
+def _fingerprint(folder: Path) -> str:
+    """Changes when a file of the folder does."""
+    state = [
+        (str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns)
+        for path in sorted(folder.iterdir())
+        if path.is_file()
+    ]
+    return hashlib.sha256(repr(state).encode()).hexdigest()[:16]

@@ -1,0 +1,191 @@
+"""Reads PyTorch's `.bin` files without torch, and without running anything that is in them.
+
+Such a file is a zip: `NAME/data.pkl` describes a dict of tensors by a pickle whose persistent ids name storages,
+and `NAME/data/KEY` holds each storage, uncompressed. The pickle goes through an unpickler that knows the few
+names tensors need; the storages are memory-mapped, one tensor at a time.
+"""
+
+import collections
+import dataclasses
+import pickle
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .tensors import BFLOAT16, ConversionError, Tensor
+
+_STORAGE_DTYPES = {
+    "HalfStorage": np.dtype(np.float16),
+    "BFloat16Storage": BFLOAT16,
+    "FloatStorage": np.dtype(np.float32),
+    "DoubleStorage": np.dtype(np.float64),
+    "LongStorage": np.dtype(np.int64),
+    "IntStorage": np.dtype(np.int32),
+    "ShortStorage": np.dtype(np.int16),
+    "CharStorage": np.dtype(np.int8),
+    "ByteStorage": np.dtype(np.uint8),
+    "BoolStorage": np.dtype(np.bool_),
+}
+_LOCAL_HEADER = struct.Struct("<4s22xHH")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Storage:
+    dtype: np.dtype
+    key: str
+    numel: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _View:
+    """What `_rebuild_tensor_v2` is called with: a strided window on a storage."""
+
+    storage: _Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class _Refused:
+    """Stands for a name that is not allowed; takes whatever the pickle does to it and does nothing."""
+
+    def __init__(self, *args: object, **kwargs: object):
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+    def __call__(self, *args: object, **kwargs: object) -> "_Refused":
+        return self
+
+
+def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _View:
+    numbers = (offset, *shape, *strides)
+    if not isinstance(storage, _Storage) or not all(isinstance(n, int) and n >= 0 for n in numbers):
+        raise pickle.UnpicklingError("a tensor that is not made of a storage and sizes")
+    return _View(storage, offset, tuple(shape), tuple(strides))
+
+
+def _rebuild_parameter(data: Any, *_: Any) -> Any:
+    return data
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    """Knows tensors, parameters, storages and OrderedDict; notes every other name and replaces it by `_Refused`."""
+
+    def __init__(self, file: Any):
+        super().__init__(file)
+        self.refused: list[str] = []
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and name in _STORAGE_DTYPES:
+            return _STORAGE_DTYPES[name]
+        allowed = {
+            ("collections", "OrderedDict"): collections.OrderedDict,
+            ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+            ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+        }
+        if (module, name) in allowed:
+            return allowed[module, name]
+        self.refused.append(f"{module}.{name}")
+        return _Refused
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        match pid:
+            case ("storage", np.dtype() as dtype, str(key), _, int(numel)) if numel >= 0:
+                return _Storage(dtype, key, numel)
+        raise pickle.UnpicklingError("a persistent id that is not a storage")
+
+
+def open_torch_file(path: Path) -> dict[str, Tensor]:
+    """Lists the tensors of a `.bin` file; nothing but the description is read.
+
+    Raises:
+      ConversionError: the file is truncated, of the old format, or holds anything but named tensors.
+    """
+    try:
+        archive = zipfile.ZipFile(path)
+    except zipfile.BadZipFile:
+        raise ConversionError([f"{path.name}: {_why_not_a_zip(path)}"]) from None
+    with archive:
+        entries = {name.split("/", 1)[-1]: archive.getinfo(name) for name in archive.namelist()}
+        if "data.pkl" not in entries:
+            raise ConversionError([f"{path.name}: a zip, but not of tensors (no data.pkl)"])
+        if "byteorder" in entries and archive.read(entries["byteorder"]) != b"little":
+            raise ConversionError([f"{path.name}: its tensors are not in little-endian byte order"])
+        views, problems = _unpickle(archive, entries["data.pkl"], path.name)
+    tensors = {}
+    for name, view in views.items():
+        problem = _check_view(view, entries.get(f"data/{view.storage.key}"), path.stat().st_size)
+        if problem:
+            problems.append(f"{path.name}: {name}: {problem}")
+        else:
+            tensors[name] = _tensor(path, entries[f"data/{view.storage.key}"], view)
+    if problems:
+        raise ConversionError(problems)
+    return tensors
+
+
+def _why_not_a_zip(path: Path) -> str:
+    with path.open("rb") as file:
+        start = file.read(4)
+    if not start:
+        return "empty file"
+    if start[:2] == b"PK":
+        return "truncated (the zip's directory at the end is missing)"
+    if start[:1] == b"\x80":
+        return "written in PyTorch's old format (before 1.6); load it and torch.save it again with a newer PyTorch"
+    return "not a PyTorch file"
+
+
+def _unpickle(archive: zipfile.ZipFile, info: zipfile.ZipInfo, file: str) -> tuple[dict[str, _View], list[str]]:
+    with archive.open(info) as stream:
+        unpickler = _TensorUnpickler(stream)
+        failure = None
+        try:
+            loaded = unpickler.load()
+        # Damaged or hostile bytes make an unpickler raise anything; all of it means the same here.
+        except Exception as error:
+            loaded, failure = {}, error
+    if unpickler.refused:
+        return {}, [f"{file}: its pickle names {name}, which is no tensor; refused" for name in unpickler.refused]
+    if failure is not None:
+        return {}, [f"{file}: its pickle is damaged ({failure})"]
+    if not isinstance(loaded, dict):
+        return {}, [f"{file}: holds a {type(loaded).__name__}, not a dict of tensors"]
+    views = {name: value for name, value in loaded.items() if isinstance(name, str) and isinstance(value, _View)}
+    return views, [f"{file}: {name!r} is no tensor" for name in loaded.keys() - views.keys()]
+
+
+def _check_view(view: _View, entry: zipfile.ZipInfo | None, file_size: int) -> str | None:
+    storage = view.storage
+    if entry is None:
+        return f"its storage {storage.key} is missing"
+    if entry.compress_type != zipfile.ZIP_STORED:
+        return "its storage is compressed"
+    if entry.file_size != storage.numel * storage.dtype.itemsize or entry.header_offset + entry.file_size > file_size:
+        return f"its storage has {entry.file_size} bytes, not {storage.numel} x {storage.dtype}"
+    last = view.offset + sum((n - 1) * s for n, s in zip(view.shape, view.strides, strict=False))
+    if len(view.shape) != len(view.strides) or (0 not in view.shape and last >= storage.numel):
+        return f"its shape {list(view.shape)} does not fit its storage of {storage.numel}"
+    return None
+
+
+def _tensor(path: Path, entry: zipfile.ZipInfo, view: _View) -> Tensor:
+    def read() -> np.ndarray:
+        with path.open("rb") as file:
+            file.seek(entry.header_offset)
+            magic, name_length, extra_length = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
+        if magic != b"PK\x03\x04":
+            raise ConversionError([f"{path.name}: damaged zip entry {entry.filename}"])
+        start = entry.header_offset + _LOCAL_HEADER.size + name_length + extra_length
+        if 0 in view.shape:
+            return np.zeros(view.shape, view.storage.dtype)
+        storage = np.memmap(path, view.storage.dtype, "r", start, (view.storage.numel,))
+        strides = tuple(stride * storage.itemsize for stride in view.strides)
+        return np.lib.stride_tricks.as_strided(storage[view.offset :], view.shape, strides, writeable=False)
+
+    return Tensor(view.shape, view.storage.dtype, read)

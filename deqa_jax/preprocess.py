@@ -1,0 +1,173 @@
+"""Image file, PIL image or array to the uint8 square that the model reads, and its normalisation (SPEC 1)."""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+from PIL import Image
+
+from deqa_jax.config import ConfigError
+
+IMAGE_SUFFIXES = frozenset(
+    (".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+)
+"""What counts as an image in a folder."""
+
+# Raster formats only: Pillow hands some others (EPS) to outside programs.
+_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+# Pixels that are padded at a time: bounds memory for panoramas, whose square would be enormous.
+_BLOCK_PIXELS = 1 << 24
+
+ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
+
+
+class ImageError(ValueError):
+    """An image that cannot be read; the message names the file."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PreprocessConfig:
+    """How pixels are made: side in pixels, Pillow's resampling filter, and the mean and deviation of each colour."""
+
+    size: int
+    resample: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @property
+    def fill(self) -> tuple[int, int, int]:
+        """The colour of the padding."""
+        red, green, blue = (int(255 * m) for m in self.mean)
+        return red, green, blue
+
+    @classmethod
+    def from_published(cls, published: Mapping[str, Any]) -> "PreprocessConfig":
+        """Reads a checkpoint's `preprocessor_config.json`.
+
+        Raises:
+          ConfigError: entries are missing or ask for another preprocessing than the published one (all named).
+        """
+        problems = [
+            f"{switch}: {published[switch]!r} is not supported"
+            for switch in ("do_resize", "do_center_crop", "do_normalize", "do_rescale", "do_convert_rgb")
+            if not published.get(switch, True)
+        ]
+        if published.get("rescale_factor", 1 / 255) != 1 / 255:
+            problems.append(f"rescale_factor: {published['rescale_factor']!r} is not supported (only 1/255)")
+        size, crop = _side(published.get("size")), _side(published.get("crop_size"))
+        if size is None or size != crop:
+            problems.append(
+                f"size {published.get('size')!r} and crop_size {published.get('crop_size')!r} are not the same square"
+            )
+        resample = published.get("resample")
+        if resample not in {int(filter) for filter in Image.Resampling}:
+            problems.append(f"resample: {resample!r} is not one of Pillow's filters")
+        colours = {}
+        for key in ("image_mean", "image_std"):
+            value = published.get(key)
+            if isinstance(value, list) and len(value) == 3 and all(isinstance(x, int | float) for x in value):
+                colours[key] = (float(value[0]), float(value[1]), float(value[2]))
+            else:
+                problems.append(f"{key}: {value!r} is not three numbers")
+        if problems or size is None or resample is None:
+            raise ConfigError("preprocessor_config.json: " + "; ".join(problems))
+        return cls(size=size, resample=resample, mean=colours["image_mean"], std=colours["image_std"])
+
+
+def _side(value: Any) -> int | None:
+    """The side of a square, in any of the ways that processors write it: 448, {"shortest_edge": 448}, …"""
+    sides = set(value.values()) if isinstance(value, Mapping) else {value}
+    side = sides.pop() if len(sides) == 1 else None
+    return side if isinstance(side, int) and side > 0 else None
+
+
+def load_square(image: ImageLike, config: PreprocessConfig) -> UInt8[np.ndarray, "H H 3"]:
+    """Reads an image, pads it to a centred square and resizes it.
+
+    Args:
+      image: a path, a PIL image of any mode, or a uint8 array `[H, W, 3]` (also `[H, W]`, `[H, W, 1]`, `[H, W, 4]`).
+      config: the checkpoint's preprocessing.
+
+    Returns:
+      uint8 `[size, size, 3]`, RGB. Alpha is dropped and EXIF orientation ignored, as in training.
+
+    Raises:
+      ImageError: the file is missing, damaged, larger than Pillow's limit, or no image.
+    """
+    if isinstance(image, np.ndarray):
+        return _square(_from_array(image), config)
+    if isinstance(image, Image.Image):
+        return _square(image.convert("RGB"), config)
+    path = Path(image)
+    try:
+        with Image.open(path, formats=_formats()) as opened:
+            rgb = opened.convert("RGB")
+    except FileNotFoundError as error:
+        raise ImageError(f"{path}: no such file") from error
+    # Decoders raise nearly anything on damaged files; whatever it is, this image cannot be read.
+    except Exception as error:
+        raise ImageError(f"{path}: {_reason(path, error)}") from error
+    return _square(rgb, config)
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those of the formats that this build of Pillow has; it loads their decoders only when asked to."""
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+def _reason(path: Path, error: Exception) -> str:
+    if path.is_dir():
+        return "is a folder"
+    if not path.stat().st_size:
+        return "empty file"
+    return (
+        "not an image (or of an unsupported format)" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+    )
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    shape_fits = array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (1, 3, 4))
+    if array.dtype != np.uint8 or not shape_fits or 0 in array.shape:
+        raise ImageError(f"an image array is uint8 [H, W, 3], not {array.dtype} {list(array.shape)}")
+    if array.shape[-1] == 1 and array.ndim == 3:
+        array = array[..., 0]
+    return Image.fromarray(array).convert("RGB")
+
+
+def _square(image: Image.Image, config: PreprocessConfig) -> UInt8[np.ndarray, "H H 3"]:
+    """Pads and resizes. Equal, bit for bit, to resizing the whole padded square.
+
+    Pillow resizes columns first and rows then, with uint8 in between, and a constant row stays constant. So only
+    rows with picture in them are resized, a block at a time, and the padding above and below is put in after.
+    """
+    width, height = image.size
+    if not width or not height:
+        raise ImageError(f"an image of {width}x{height} pixels")
+    side, size = max(width, height), config.size
+    left, top = (side - width) // 2, (side - height) // 2
+    narrow = Image.new("RGB", (size, side), config.fill)
+    rows = max(1, _BLOCK_PIXELS // side)
+    for y in range(0, height, rows):
+        block = image.crop((0, y, width, min(y + rows, height)))
+        if width < side:
+            padded = Image.new("RGB", (side, block.height), config.fill)
+            padded.paste(block, (left, 0))
+            block = padded
+        narrow.paste(block.resize((size, block.height), config.resample), (0, top + y))
+    return np.asarray(narrow.resize((size, size), config.resample))
+
+
+def normalize(pixels: UInt8[Array, "*N 3"], config: PreprocessConfig) -> Float[Array, "*N 3"]:
+    """uint8 RGB to the float32 that the vision tower reads; meant to run on the device."""
+    shape = (1,) * (pixels.ndim - 1) + (3,)
+    mean = jnp.asarray(config.mean, jnp.float32).reshape(shape)
+    std = jnp.asarray(config.std, jnp.float32).reshape(shape)
+    return (pixels.astype(jnp.float32) / 255.0 - mean) / std

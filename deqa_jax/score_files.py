@@ -1,0 +1,159 @@
+"""`deqa score`: which files to score, and how the rows are written."""
+
+import csv
+import glob
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Protocol, TextIO
+
+from tqdm import tqdm
+
+from deqa_jax.preprocess import IMAGE_SUFFIXES
+from deqa_jax.prompt import LEVELS
+from deqa_jax.scorer import Result, Scorer
+
+
+class UsageError(ValueError):
+    """A command that asks for something that cannot be done; the message says what to do instead."""
+
+
+def find_images(patterns: Iterable[str], stdin: TextIO) -> list[str]:
+    """The image files that the command line names.
+
+    Args:
+      patterns: files, folders (searched recursively), globs, or `-` for one path per line of `stdin`.
+      stdin: where `-` reads.
+
+    Raises:
+      UsageError: a folder or glob has no images, or nothing is named at all.
+    """
+    paths: list[str] = []
+    for pattern in patterns:
+        if pattern == "-":
+            paths += [line for line in (raw.rstrip("\r\n") for raw in stdin) if line]
+        elif Path(pattern).is_dir():
+            found = sorted(str(path) for path in Path(pattern).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+            if not found:
+                raise UsageError(
+                    f"{pattern}: no images in this folder (looked for {', '.join(sorted(IMAGE_SUFFIXES))})"
+                )
+            paths += found
+        elif glob.has_magic(pattern) and not Path(pattern).exists():
+            matches = sorted(path for path in glob.glob(pattern, recursive=True) if Path(path).is_file())
+            if not matches:
+                raise UsageError(f"{pattern}: matches no file")
+            paths += matches
+        else:
+            paths.append(pattern)
+    if not paths:
+        raise UsageError("no images named: give files, folders, globs, or - and a list on standard input")
+    return paths
+
+
+class RowWriter(Protocol):
+    """Writes results as rows of text."""
+
+    def header(self) -> str:
+        """What comes before the first row, newline included."""
+
+    def row(self, path: str, result: Result) -> str:
+        """One row, newline included."""
+
+
+def _digits(value: float) -> float:
+    """As few digits as tell float32 values apart."""
+    return float(f"{value:.9g}")
+
+
+class JsonlRows:
+    """One JSON object a line; fields without a value are null."""
+
+    def header(self) -> str:
+        """Nothing."""
+        return ""
+
+    def row(self, path: str, result: Result) -> str:
+        """The object: path, score, std, probs (excellent to bad), error."""
+        fields = {
+            "path": path,
+            "score": None if result.score is None else _digits(result.score),
+            "std": None if result.std is None else _digits(result.std),
+            "probs": None if result.probs is None else [_digits(p) for p in result.probs],
+            "error": result.error,
+        }
+        return json.dumps(fields, ensure_ascii=False) + "\n"
+
+
+class _Line:
+    """Keeps what csv writes."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def write(self, text: str) -> int:
+        self.text = text
+        return len(text)
+
+
+class CsvRows:
+    """Comma-separated values with a header and one column per level."""
+
+    def __init__(self) -> None:
+        self._line = _Line()
+        self._writer = csv.writer(self._line, lineterminator="\n")
+
+    def header(self) -> str:
+        """The names of the columns."""
+        return self._csv(["path", "score", "std", *LEVELS, "error"])
+
+    def row(self, path: str, result: Result) -> str:
+        """One record; the fields of an image that could not be read are empty."""
+        numbers = (result.score, result.std, *(result.probs or (None,) * len(LEVELS)))
+        return self._csv([path, *("" if x is None else _digits(x) for x in numbers), result.error or ""])
+
+    def _csv(self, fields: list[object]) -> str:
+        self._writer.writerow(fields)
+        return self._line.text
+
+
+class TableRows:
+    """Aligned columns for people, the path last."""
+
+    def header(self) -> str:
+        """The names of the columns."""
+        return f"{'score':>6} {'std':>6} " + " ".join(f"{level:>9}" for level in LEVELS) + "  path\n"
+
+    def row(self, path: str, result: Result) -> str:
+        """Numbers to three digits, or why there are none."""
+        if result.score is None or result.std is None or result.probs is None:
+            reason = (result.error or "").removeprefix(f"{path}: ")
+            return f"{'-':>6} {'-':>6} " + " ".join(f"{'-':>9}" for _ in LEVELS) + f"  {path}: {reason}\n"
+        probs = " ".join(f"{p:9.3f}" for p in result.probs)
+        return f"{result.score:6.3f} {result.std:6.3f} {probs}  {path}\n"
+
+
+_ROWS: dict[str, type[RowWriter]] = {"table": TableRows, "jsonl": JsonlRows, "csv": CsvRows}
+
+
+def score_files(scorer: Scorer, paths: list[str], output: TextIO, *, format: str) -> int:
+    """Scores files and writes a row each, in order, as soon as its batch is done.
+
+    Returns:
+      How many could not be read.
+    """
+    rows = _ROWS[format]()
+    failed = 0
+    output.write(rows.header())
+    for path, result in zip(paths, _with_progress(scorer.stream(paths), len(paths), output), strict=True):
+        output.write(rows.row(path, result))
+        output.flush()
+        failed += result.error is not None
+    return failed
+
+
+def _with_progress(results: Iterator[Result], total: int, output: TextIO) -> Iterator[Result]:
+    """A bar on stderr if that is a terminal, unless the rows themselves appear there."""
+    disable = True if output.isatty() else None
+    return iter(tqdm(results, total=total, unit="image", file=sys.stderr, disable=disable))

@@ -1,0 +1,331 @@
+"""Images in, scores out: jitted batches, with decoding beside them."""
+
+import collections
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, UInt8
+
+from deqa_jax.checkpoint import Checkpoint, Leaves, abstract_model, unflatten
+from deqa_jax.config import ConfigError, Execution
+from deqa_jax.preprocess import ImageError, ImageLike, PreprocessConfig, load_square, normalize
+from deqa_jax.prompt import LEVEL_WEIGHTS, PROMPTS, SplitPrompt, split_prompt
+
+DTYPES = ("auto", "float32", "bfloat16")
+# On CPU, images one at a time go nearly as fast as several, and a short batch wastes nothing.
+_BATCH_SIZES = {"cpu": 1}
+_ACCELERATOR_BATCH_SIZE = 32
+
+
+class Prediction(NamedTuple):
+    """What the model says of images: arrays in float32, one row per image.
+
+    Attributes:
+      score: `[B]`, the mean of the five levels' weights, 1 (bad) to 5 (excellent).
+      std: `[B]`, their standard deviation, 0 to 2.
+      probs: `[B, 5]`, probability of excellent, good, fair, poor, bad; sums to 1.
+      logits: `[B, 5]`, the level words' logits.
+      open_probs: `[B, 5]`, the level words' probability in the whole vocabulary, if it was asked for.
+      hidden: `[B, D]`, the language model's last hidden state, if it was asked for.
+    """
+
+    score: Any
+    std: Any
+    probs: Any
+    logits: Any
+    open_probs: Any = None
+    hidden: Any = None
+
+
+class Result(NamedTuple):
+    """One image's score, or the reason why it has none."""
+
+    image: ImageLike
+    score: float | None = None
+    std: float | None = None
+    probs: tuple[float, ...] | None = None
+    error: str | None = None
+
+
+class Scorer:
+    """Scores images with one compiled program.
+
+    The same image gets the same bits alone, in any place of a batch and beside any other images.
+
+    Attributes:
+      batch_size: images that go through the model at once; a short batch is padded.
+      dtype: of parameters and matrix products.
+
+    Example:
+      >>> scorer = Scorer.from_pretrained("model")  # doctest: +SKIP
+      >>> scorer(["photo.jpg", Image.open("other.png")])  # doctest: +SKIP
+      array([4.127, 2.563], dtype=float32)
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, *, dtype: str = "auto", batch_size: int | None = None, prompt: str = "scorer"
+    ):
+        """Loads the parameters, and computes keys and values of the text in front of the image.
+
+        Args:
+          checkpoint: a converted checkpoint.
+          dtype: of parameters and matrix products: `float32`, `bfloat16`, or `auto`, which is float32 on CPU and
+            bfloat16 elsewhere.
+          batch_size: images at once; chosen for the device without it.
+          prompt: `scorer` or `eval`, the two published entry points, whose scores differ slightly.
+
+        Raises:
+          ConfigError: an argument is out of range, or the checkpoint's parts do not fit together.
+          CheckpointError: the checkpoint is damaged.
+        """
+        device = jax.devices()[0]
+        if dtype not in DTYPES:
+            raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+        if prompt not in PROMPTS:
+            raise ConfigError(f"prompt {prompt!r} is not one of {', '.join(PROMPTS)}")
+        if batch_size is not None and batch_size < 1:
+            raise ConfigError(f"batch_size must be at least 1, not {batch_size}")
+        if dtype == "auto":
+            dtype = "float32" if device.platform == "cpu" else "bfloat16"
+        self.dtype = dtype
+        self.batch_size = batch_size or _BATCH_SIZES.get(device.platform, _ACCELERATOR_BATCH_SIZE)
+        self._device = device
+        self._preprocess = checkpoint.preprocess()
+        ids, level_ids = _check_fit(checkpoint, self._preprocess, prompt)
+
+        model = abstract_model(checkpoint.config, Execution(dtype=dtype, param_dtype=dtype))
+        if device.platform == "cpu":
+            model = model.unrolled()
+            self._params = unflatten(_unstack(checkpoint.restore(dtype), device))
+        else:
+            self._params = unflatten(checkpoint.restore(dtype, device=device))
+        prefill, self._run = _programs(nnx.graphdef(model), ids, level_ids, self._preprocess, dtype)
+        self._cache = prefill(self._params)
+
+    @classmethod
+    def from_pretrained(cls, model: str | os.PathLike[str], **options: Any) -> "Scorer":
+        """Opens a model by name.
+
+        Args:
+          model: a converted folder, a published checkpoint's folder, or a hub id; the last two are converted once
+            into a cache.
+          **options: those of `Scorer`.
+
+        Raises:
+          ConversionError, CheckpointError: there is no such model, or it is damaged; all faults are named.
+        """
+        # The one place where the library reaches up: here, as on the command line, a model may need converting.
+        from deqa_jax.convert.to_jax import resolve
+
+        use_compilation_cache()
+        return cls(Checkpoint.open(resolve(os.fspath(model))), **options)
+
+    def __call__(self, images: Sequence[ImageLike]) -> Float[np.ndarray, "N"]:
+        """Scores of images in order, float32 from 1 (bad) to 5 (excellent). Takes and raises what `predict` does."""
+        return self.predict(images).score
+
+    def predict(self, images: Sequence[ImageLike], *, open_set: bool = False, hidden: bool = False) -> Prediction:
+        """Everything the model says of images.
+
+        Args:
+          images: paths, PIL images of any mode, uint8 arrays `[H, W, 3]`, in any mixture of kinds and sizes.
+          open_set: whether to return probabilities in the whole vocabulary as well.
+          hidden: whether to return the last hidden state as well.
+
+        Returns:
+          A `Prediction` of NumPy arrays, one row per image, in order.
+
+        Raises:
+          ImageError: an image cannot be read; the message names it.
+        """
+        if isinstance(images, str | os.PathLike | np.ndarray) or not len(images):
+            raise ValueError("images is a list of at least one image; for a single one write [image]")
+        parts = []
+        for items, prediction in self._batches(images, open_set=open_set, hidden=hidden):
+            for _, pixels in items:
+                if isinstance(pixels, ImageError):
+                    raise pixels
+            parts.append(prediction)
+        fields = zip(*(part for part in parts if part is not None), strict=True)
+        return Prediction(*(None if field[0] is None else np.concatenate(field) for field in fields))
+
+    def stream(self, images: Iterable[ImageLike]) -> Iterator[Result]:
+        """Scores any number of images, in order, as they come; an image that cannot be read gets its `error`.
+
+        Decoding runs in threads beside the model, a few batches ahead.
+        """
+        for items, prediction in self._batches(images):
+            row = 0
+            for image, pixels in items:
+                if isinstance(pixels, ImageError):
+                    yield Result(image, error=str(pixels))
+                    continue
+                assert prediction is not None  # there is a row for every image that could be read
+                probs = tuple(float(p) for p in prediction.probs[row])
+                yield Result(image, float(prediction.score[row]), float(prediction.std[row]), probs)
+                row += 1
+
+    def predict_pixels(self, pixels: UInt8[Array, "B H W 3"], *, open_set: bool = False) -> Prediction:
+        """Scores what is on the device already; compiled once for every batch size B.
+
+        Args:
+          pixels: uint8 RGB squares of the model's size, as `preprocess.load_square` makes them.
+          open_set: whether to return probabilities in the whole vocabulary as well.
+
+        Returns:
+          A `Prediction` of arrays on the device, computed asynchronously, with `hidden`.
+        """
+        return self._run(self._params, self._cache, pixels, open_set=open_set)
+
+    # ---- batches ------------------------------------------------------------------------------------------
+
+    def _batches(
+        self, images: Iterable[ImageLike], *, open_set: bool = False, hidden: bool = False
+    ) -> Iterator[tuple[list[tuple[ImageLike, np.ndarray | ImageError]], Prediction | None]]:
+        """Groups of images with the prediction of those that could be read (None if there are none).
+
+        A batch is handed to the device before the one in front of it is waited for.
+        """
+
+        def dispatch(squares: list[np.ndarray]) -> Callable[[], Prediction | None]:
+            if not squares:
+                return lambda: None
+            batch = np.zeros((self.batch_size, *squares[0].shape), np.uint8)
+            batch[: len(squares)] = squares
+            running = self.predict_pixels(jax.device_put(batch, self._device), open_set=open_set)
+            running = running if hidden else running._replace(hidden=None)
+            return lambda: jax.tree.map(lambda x: np.asarray(x)[: len(squares)], running)
+
+        waiting: collections.deque[tuple[Any, Callable[[], Prediction | None]]] = collections.deque()
+        items: list[tuple[ImageLike, np.ndarray | ImageError]] = []
+        squares: list[np.ndarray] = []
+        for item in self._decoded(images):
+            items.append(item)
+            if not isinstance(item[1], ImageError):
+                squares.append(item[1])
+            if len(squares) == self.batch_size:
+                waiting.append((items, dispatch(squares)))
+                items, squares = [], []
+            if len(waiting) > 1:
+                done, fetch = waiting.popleft()
+                yield done, fetch()
+        if items:
+            waiting.append((items, dispatch(squares)))
+        for done, fetch in waiting:
+            yield done, fetch()
+
+    def _decoded(self, images: Iterable[ImageLike]) -> Iterator[tuple[ImageLike, np.ndarray | ImageError]]:
+        """Images with their pixels, in order, read by threads that stay a bounded number of images ahead."""
+
+        def load(image: ImageLike) -> np.ndarray | ImageError:
+            try:
+                return load_square(image, self._preprocess)
+            except ImageError as error:
+                return error
+
+        workers = os.cpu_count() or 1
+        ahead = 2 * max(self.batch_size, workers)
+        queue: collections.deque[tuple[ImageLike, Future[np.ndarray | ImageError]]] = collections.deque()
+        pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+        try:
+            for image in images:
+                queue.append((image, pool.submit(load, image)))
+                if len(queue) > ahead:
+                    done, future = queue.popleft()
+                    yield done, future.result()
+            for done, future in queue:
+                yield done, future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _check_fit(
+    checkpoint: Checkpoint, preprocess: PreprocessConfig, prompt: str
+) -> tuple[SplitPrompt, tuple[int, ...]]:
+    """Ids of the prompt and of the level words, once tokenizer, preprocessing and model are seen to belong together."""
+    config = checkpoint.config
+    if preprocess.size != config.vision.image_size:
+        raise ConfigError(
+            f"{checkpoint.folder}: its preprocessing makes images of {preprocess.size} pixels, "
+            f"its model reads {config.vision.image_size}"
+        )
+    tokenizer = checkpoint.tokenizer()
+    ids, level_ids = split_prompt(tokenizer, PROMPTS[prompt]), tokenizer.level_ids()
+    if max(*ids.before, *ids.after, *level_ids) >= config.language.vocab_size:
+        raise ConfigError(f"{checkpoint.folder}: its tokenizer has more tokens than its model's vocabulary")
+    return ids, level_ids
+
+
+def _programs(
+    graphdef: nnx.GraphDef[Any],
+    ids: SplitPrompt,
+    level_ids: tuple[int, ...],
+    preprocess: PreprocessConfig,
+    dtype: str,
+) -> tuple[Callable[..., Any], Callable[..., Prediction]]:
+    """The two compiled functions: `prefill(params)` and `run(params, cache, pixels, open_set=…)`."""
+    # Accelerators would multiply float32 matrices in fewer bits without being told.
+    precision = "highest" if dtype == "float32" else None
+
+    def prefill(params: Any) -> Any:
+        with jax.default_matmul_precision(precision):
+            return nnx.merge(graphdef, params).prefill(jnp.asarray(ids.before))
+
+    def run(params: Any, cache: Any, pixels: UInt8[Array, "B H W 3"], *, open_set: bool) -> Prediction:
+        with jax.default_matmul_precision(precision):
+            model = nnx.merge(graphdef, params)
+            hidden = model.last_hidden(normalize(pixels, preprocess).astype(dtype), cache, jnp.asarray(ids.after))
+            if not open_set:
+                prediction = readout(model.language.logits(hidden, level_ids))
+            else:
+                everything = model.language.logits(hidden)
+                prediction = readout(everything[:, jnp.asarray(level_ids)])
+                total = jax.nn.logsumexp(everything, axis=-1, keepdims=True)
+                prediction = prediction._replace(open_probs=jnp.exp(prediction.logits - total))
+        return prediction._replace(hidden=hidden.astype(jnp.float32))
+
+    return jax.jit(prefill), jax.jit(run, static_argnames="open_set")
+
+
+def readout(logits: Float[Array, "B 5"]) -> Prediction:
+    """Score and spread of level logits, in float32 (SPEC 3; DeQA-Score, section 3.3).
+
+    >>> readout(jnp.asarray([[0.0, 0.0, 0.0, 0.0, 0.0]])).score
+    Array([3.], dtype=float32)
+    """
+    weights = jnp.asarray(LEVEL_WEIGHTS, jnp.float32)[None]
+    probs = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+    score = jnp.sum(probs * weights, axis=-1)
+    std = jnp.sqrt(jnp.sum(probs * jnp.square(weights - score[:, None]), axis=-1))
+    return Prediction(score, std, probs, logits.astype(jnp.float32))
+
+
+def _unstack(leaves: Leaves, device: jax.Device) -> dict[tuple[str | int, ...], jax.Array]:
+    """Moves parameters to the device with every layer of a stack as an array of its own (see `layers.unstack`).
+
+    Empties `leaves` on the way, so that only one stack is ever there twice.
+    """
+    moved: dict[tuple[str | int, ...], jax.Array] = {}
+    while leaves:
+        path, leaf = leaves.popitem()
+        if "layers" in path:
+            tower, _, *rest = path
+            moved |= {(tower, "layers", i, *rest): jax.device_put(layer, device) for i, layer in enumerate(leaf)}
+        else:
+            moved[path] = jax.device_put(leaf, device)
+    return moved
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs in the user's cache folder, unless JAX has been told of another place."""
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]  # set at run time
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(root / "deqa-jax" / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
