@@ -57,23 +57,27 @@ def init(out: Path, *, size: str = "test", seed: int = 0, dtype: str = "float32"
     execution = Execution(param_dtype=dtype)
     state = jax.jit(lambda key: nnx.state(Deqa(config, execution=execution, rngs=nnx.Rngs(key))))(jax.random.key(seed))
     leaves = {path: _Made(array) for path, array in flatten(nnx.to_pure_dict(state)).items()}
-    files = {
-        TOKENIZER_FILE: train_vocabulary(),
-        PREPROCESSOR_FILE: (json.dumps(_PREPROCESSOR, indent=2) + "\n").encode(),
-    }
     with new_folder(out) as temporary:
         write_checkpoint(
             temporary,
             config=config,
             leaves=leaves,
-            side_files=files,
+            side_files=random_side_files(),
             published_config=None,
             provenance={"source": f"deqa init --size {size} --seed {seed}: random weights, scores mean nothing"},
         )
     logging.getLogger(__name__).info("%s: random weights; its scores mean nothing", out)
 
 
-def train_vocabulary() -> bytes:
+def random_side_files() -> dict[str, bytes]:
+    """The tokenizer and preprocessor files of such a model."""
+    return {
+        TOKENIZER_FILE: _train_vocabulary(),
+        PREPROCESSOR_FILE: (json.dumps(_PREPROCESSOR, indent=2) + "\n").encode(),
+    }
+
+
+def _train_vocabulary() -> bytes:
     """A sentencepiece model of a few hundred pieces in which each level word is one."""
     text = [
         *PROMPTS.values(),

@@ -297,7 +297,7 @@ def _programs(
 def readout(logits: Float[Array, "B 5"]) -> Prediction:
     """Score and spread of level logits, in float32 (SPEC 3; DeQA-Score, section 3.3).
 
-    >>> readout(jnp.asarray([[0.0, 0.0, 0.0, 0.0, 0.0]])).score
+    >>> readout(jnp.asarray([[0.0, 0.0, 0.0, 0.0, 0.0]])).score.round(5)
     Array([3.], dtype=float32)
     """
     weights = jnp.asarray(LEVEL_WEIGHTS, jnp.float32)[None]

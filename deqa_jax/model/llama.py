@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from deqa_jax.config import Execution, LanguageConfig
-from deqa_jax.model.layers import EMBEDDING_STD, RMSNorm, fold, last_block, linear, stack
+from deqa_jax.model.layers import EMBEDDING_STD, RMSNorm, attention, fold, last_block, linear, stack
 
 
 class Layout(NamedTuple):
@@ -136,7 +136,7 @@ class LanguageBlock(nnx.Module):
             x, h, layout, rotation = x[:, -1:], h[:, -1:], Layout(1, 0, 0), rotation.last()
         query = rotation(self._heads(self.query(h)))
         mask = np.tri(query.shape[1], key.shape[1], key.shape[1] - query.shape[1], dtype=bool)
-        context = jax.nn.dot_product_attention(query, key, value, mask=jnp.asarray(mask)[None, None])
+        context = attention(query, key, value, jnp.asarray(mask))
         x = x + self.out(context.reshape(*x.shape[:2], -1)).astype(jnp.float32)
         h = self.post_attention_norm(x, layout)
         return x + self.down(jax.nn.silu(self.gate(h)) * self.up(h)).astype(jnp.float32), new

@@ -1,0 +1,85 @@
+"""Every command and example that the documentation shows is run."""
+
+import doctest
+import importlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+from test_imports import RANK
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def workplace(published: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the README's commands speak of."""
+    folder = tmp_path_factory.mktemp("readme")
+    shutil.copytree(ROOT / "examples", folder / "examples")
+    (folder / "DeQA-Score-Mix3").symlink_to(published)
+    (folder / "mplug-owl2-llama2-7b").symlink_to(published)
+    adapter = folder / "DeQA-Score-LoRA-Mix3"
+    adapter.mkdir()
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    prefix = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    matrices = {f"{prefix}A.weight": np.ones((2, 64), np.float16), f"{prefix}B.weight": np.ones((64, 2), np.float16)}
+    safetensors.numpy.save_file(matrices, adapter / "adapter_model.safetensors")
+    trained = {"base_model.model.model.visual_abstractor.vit_eos": np.ones((1, 1, 64), np.float16)}
+    safetensors.numpy.save_file(trained, adapter / "non_lora_trainables.safetensors")
+    return folder
+
+
+def test_readme_commands_run(workplace: Path) -> None:
+    commands = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("deqa ")]
+    assert len(commands) >= 6
+    # The command that belongs to the interpreter of this test run.
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    for command in commands:
+        done = subprocess.run(command, shell=True, cwd=workplace, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
+
+
+def test_readme_python_runs(workplace: Path, converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workplace)
+    if not (workplace / "mix3").exists():
+        (workplace / "mix3").symlink_to(converted)
+    names: dict[str, Any] = {}
+    for block in blocks("python"):
+        exec(block, names)
+    assert names["scores"].shape == (2,)
+    assert names["prediction"].hidden.shape == (1, 64)
+
+
+def test_readme_opens_with_two_commands_that_do_everything() -> None:
+    first, second, *_ = blocks("bash")
+    assert "deqa score examples/" in first
+    assert "pytest" in second
+    assert first.count("\n") == second.count("\n") == 1
+
+
+@pytest.mark.parametrize("module", RANK)
+def test_docstring_examples_run(module: str) -> None:
+    loaded = importlib.import_module(module)
+    with jax.numpy_rank_promotion("raise"):
+        assert doctest.testmod(loaded).failed == 0
+
+
+def test_contributing_names_every_file() -> None:
+    tree = (ROOT / "CONTRIBUTING.md").read_text()
+    files = [*(ROOT / "deqa_jax").rglob("*.py"), *(ROOT / "convert").glob("*.py")]
+    assert not [path.name for path in files if path.name != "__init__.py" and path.name not in tree]

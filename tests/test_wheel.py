@@ -1,0 +1,44 @@
+"""What an installed wheel looks like."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the wheel's files as pip would lay them out."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    source.mkdir()
+    for name in ("deqa_jax", "convert", "pyproject.toml", "README.md", "LICENSE"):
+        (source / name).symlink_to(ROOT / name)
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "--wheel-dir", str(folder), str(source)]
+    subprocess.run(command, check=True)
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder / "site")
+    return folder / "site"
+
+
+def test_no_generic_name_lands_at_the_top(installed: Path) -> None:
+    top = {path.name for path in installed.iterdir()}
+    assert {name for name in top if not name.endswith(".dist-info")} == {"deqa_jax"}
+
+
+def test_every_module_is_installed(installed: Path) -> None:
+    expected = {path.relative_to(ROOT / "deqa_jax") for path in (ROOT / "deqa_jax").rglob("*.py")}
+    expected |= {Path("convert") / path.name for path in (ROOT / "convert").glob("*.py")}
+    assert {path.relative_to(installed / "deqa_jax") for path in (installed / "deqa_jax").rglob("*.py")} == expected
+    assert (installed / "deqa_jax" / "py.typed").is_file()
+
+
+def test_the_installed_command_runs(installed: Path, tmp_path: Path) -> None:
+    code = f"import sys; sys.path.insert(0, {str(installed)!r}); from deqa_jax.cli import main; main(['init', 'M'])"
+    subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, check=True)
+    assert (tmp_path / "M" / "config.json").is_file()
