@@ -47,9 +47,11 @@ def _converted(checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def _published(folder: Path) -> Iterator[str]:
-    published = open_published(folder)
-    problems = account(published.config, parameter_shapes(published.config), published.tensors)
-    if problems:
+    problems: list[str] = []
+    published = open_published(folder, problems)
+    if published:
+        problems += account(published.config, parameter_shapes(published.config), published.tensors)
+    if problems or not published:
         raise ConversionError(problems)
     yield f"{folder}: a published checkpoint, which `deqa convert` can convert"
     yield from _model(published.config)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import safetensors
 
-from deqa_jax.checkpoint import SIDE_FILES, read_json
+from deqa_jax.checkpoint import PREPROCESSOR_FILE, SIDE_FILES, TOKENIZER_FILE, read_json
 from deqa_jax.config import ConfigError, DeqaConfig, from_published
 from deqa_jax.preprocess import PreprocessConfig
 
@@ -41,36 +42,37 @@ class Published:
     weight_files: tuple[Path, ...]
 
 
-def open_published(folder: Path, *, side_files: bool = True) -> Published:
+def open_published(folder: Path, problems: list[str]) -> Published | None:
     """Opens a checkpoint folder.
 
     Args:
       folder: `config.json`, weights in any published form, tokenizer and preprocessor files.
-      side_files: whether the tokenizer and preprocessor files must be there.
+      problems: gets a sentence for everything that is missing, damaged or not of this model.
 
-    Raises:
-      ConversionError: files are missing or damaged, or the configuration is not one of this model (all named).
+    Returns:
+      The checkpoint, or None where its configuration or weights cannot be read at all.
     """
-    problems = []
-    config, published_config = None, {}
-    try:
-        published_config = read_json(folder / "config.json")
-        config = from_published(published_config)
-        if side_files:
-            PreprocessConfig.from_published(read_json(folder / "preprocessor_config.json"))
-    except (ConfigError, OSError) as error:
-        problems.append(str(error))
-    if side_files and not (folder / "tokenizer.model").is_file():
-        problems.append(f"{folder}: tokenizer.model is missing")
-    tensors: dict[str, Tensor] = {}
-    files: tuple[Path, ...] = ()
-    try:
-        tensors, files = open_weights(folder)
-    except ConversionError as error:
-        problems += error.problems
-    if problems or config is None:
-        raise ConversionError(problems)
-    return Published(folder, config, published_config, tensors, files)
+
+    def attempt(read: Callable[[], Any]) -> Any:
+        try:
+            return read()
+        except ConversionError as error:
+            problems.extend(error.problems)
+        except ConfigError as error:
+            problems.append(str(error))
+        except OSError as error:
+            problems.append(f"{error.filename or folder}: {error.strerror}")
+        return None
+
+    published_config = attempt(lambda: read_json(folder / "config.json"))
+    config = attempt(lambda: from_published(published_config)) if published_config is not None else None
+    attempt(lambda: PreprocessConfig.from_published(read_json(folder / PREPROCESSOR_FILE)))
+    if not (folder / TOKENIZER_FILE).is_file():
+        problems.append(f"{folder / TOKENIZER_FILE}: no such file")
+    weights = attempt(lambda: open_weights(folder))
+    if config is None or weights is None:
+        return None
+    return Published(folder, config, published_config, *weights)
 
 
 def open_weights(folder: Path) -> tuple[dict[str, Tensor], tuple[Path, ...]]:
@@ -144,10 +146,10 @@ def _open_indexed(index: Path) -> tuple[dict[str, Tensor], tuple[Path, ...]]:
         raise ConversionError([f"{index.name}: no weight_map from tensors to files of this folder"])
     names = sorted(set(weight_map.values()))
     files = [index.parent / name for name in names]
-    problems = [f"{index.name}: names {path.name}, which is not there" for path in files if not path.is_file()]
+    problems = [f"{index.name}: names {path.name}, which is not there" for path in files if not os.path.isfile(path)]
     tensors: dict[str, Tensor] = {}
     for path in files:
-        if not path.is_file():
+        if not os.path.isfile(path):  # unlike Path's, this one takes names that no file can have
             continue
         try:
             found = open_file(path)

@@ -35,75 +35,85 @@ def is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG).is_file()
 
 
-def merge_adapter(folder: Path, base: Published) -> Published:
+def merge_adapter(folder: Path, base: Published | None, problems: list[str]) -> Published | None:
     """The base checkpoint with an adapter merged, and with the tensors that were trained whole.
 
     A merged weight is W + (α / r) · B A, in float32, and stays float32: no half precision holds it exactly.
 
-    Raises:
-      ConversionError: the adapter does not fit the base (everything that does not is named).
+    Args:
+      folder: the adapter's.
+      base: the full checkpoint, or None if it could not be opened: the adapter is checked as far as possible.
+      problems: gets a sentence for everything in the adapter that is wrong or does not fit the base.
     """
-    problems: list[str] = []
-    scale_of_rank = None
-    try:
-        settings = read_json(folder / ADAPTER_CONFIG)
-        scale_of_rank = _scaling(settings, problems)
-        problems += _check_config(folder, base)
-    except (ConfigError, OSError) as error:
-        raise ConversionError([str(error)]) from error
+    settings = _settings(folder, base, problems)
     adapter, adapter_file = _open_first(folder, _ADAPTER_FILES, problems)
     trained, trained_file = _open_first(folder, _TRAINED_FILES, problems)
-
+    pairs = _pairs(adapter, adapter_file.name, problems)
+    problems += _check_targets(settings, pairs)
+    if base is None:
+        return None
     tensors = dict(base.tensors)
     for key, tensor in trained.items():
         name = key.removeprefix(_PREFIX)
         if name not in base.tensors:
             problems.append(f"{trained_file.name}: {key} is not a tensor of the base checkpoint")
         tensors[name] = tensor
-    pairs: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in adapter.items():
-        module, found, rest = key.removeprefix(_PREFIX).partition(".lora_")
-        side = rest.removesuffix(".weight").removesuffix(".default")
-        if not found or side not in ("A", "B"):
-            problems.append(f"{adapter_file.name}: {key} is no LoRA matrix of a dense layer")
-            continue
-        pairs.setdefault(module, {})[side] = tensor
-    problems += _check_targets(settings, pairs)
     for module, pair in pairs.items():
         weight = tensors.get(f"{module}.weight")
-        problem = _check_pair(pair, weight)
+        problem = _check_pair(pair, weight, settings.get("r"))
         if problem:
             problems.append(f"{adapter_file.name}: {module}: {problem}")
-        elif scale_of_rank is not None and weight is not None:
-            tensors[f"{module}.weight"] = _merged(weight, pair["A"], pair["B"], scale_of_rank(pair["A"].shape[0]))
-    if problems:
-        raise ConversionError(problems)
+        elif weight is not None:
+            scale = _scale(settings, pair["A"].shape[0])
+            tensors[f"{module}.weight"] = _merged(weight, pair["A"], pair["B"], scale)
     files = (*base.weight_files, adapter_file, trained_file)
     return Published(base.folder, base.config, base.published_config, tensors, files)
 
 
-def _scaling(settings: Mapping[str, Any], problems: list[str]) -> Any:
+def _settings(folder: Path, base: Published | None, problems: list[str]) -> dict[str, Any]:
+    """The adapter's settings; its own config.json, where there is one, must describe the base's model."""
+    try:
+        own = from_published(read_json(folder / "config.json")) if (folder / "config.json").is_file() else None
+        if base and own and own != base.config:
+            problems.append(f"{folder / 'config.json'}: describes another model than the base's config.json")
+    except (ConfigError, OSError) as error:
+        problems.append(f"{folder / 'config.json'}: {error}")
+    try:
+        settings = read_json(folder / ADAPTER_CONFIG)
+    except (ConfigError, OSError) as error:
+        problems.append(str(error))
+        return {}
     for key, wanted in _FIXED.items():
         value = settings.get(key, wanted)
         if value != wanted and (value or wanted):
             problems.append(
                 f"{ADAPTER_CONFIG}: {key}: {json.dumps(value)} is not supported (only {json.dumps(wanted)})"
             )
-    alpha = settings.get("lora_alpha")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
-        problems.append(f"{ADAPTER_CONFIG}: lora_alpha: {alpha!r} is not a number")
-        return None
-    if settings.get("use_rslora"):
-        return lambda rank: alpha / math.sqrt(rank)
-    return lambda rank: alpha / rank
+    for key in ("lora_alpha", "r"):
+        value = settings.get(key)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            problems.append(f"{ADAPTER_CONFIG}: {key}: {value!r} is not a positive number")
+            return {**settings, "lora_alpha": 1.0, "r": None}
+    return settings
 
 
-def _check_config(folder: Path, base: Published) -> list[str]:
-    """An adapter's own config.json must describe the same model as the base's."""
-    path = folder / "config.json"
-    if path.is_file() and from_published(read_json(path)) != base.config:
-        return [f"{path}: describes another model than the base checkpoint's config.json"]
-    return []
+def _scale(settings: Mapping[str, Any], rank: int) -> float:
+    return settings.get("lora_alpha", 1.0) / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+
+
+def _pairs(adapter: Mapping[str, Tensor], file: str, problems: list[str]) -> dict[str, dict[str, Tensor]]:
+    """The matrices A and B of every adapted layer, by its name in the base checkpoint."""
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in adapter.items():
+        module, found, rest = key.removeprefix(_PREFIX).partition(".lora_")
+        side = rest.removesuffix(".weight").removesuffix(".default")
+        if not found or side not in ("A", "B"):
+            problems.append(f"{file}: {key} is no LoRA matrix of a dense layer")
+        elif side in pairs.setdefault(module, {}):
+            problems.append(f"{file}: {key} is there twice under two names")
+        else:
+            pairs[module][side] = tensor
+    return pairs
 
 
 def _open_first(folder: Path, names: tuple[str, ...], problems: list[str]) -> tuple[dict[str, Tensor], Path]:
@@ -129,7 +139,7 @@ def _check_targets(settings: Mapping[str, Any], pairs: Mapping[str, Any]) -> lis
     ]
 
 
-def _check_pair(pair: Mapping[str, Tensor], weight: Tensor | None) -> str | None:
+def _check_pair(pair: Mapping[str, Tensor], weight: Tensor | None, rank: int | None) -> str | None:
     if weight is None:
         return "the base checkpoint has no such layer"
     if pair.keys() != {"A", "B"}:
@@ -137,9 +147,11 @@ def _check_pair(pair: Mapping[str, Tensor], weight: Tensor | None) -> str | None
     a, b = pair["A"], pair["B"]
     if not {a.dtype, b.dtype} <= set(FLOAT_DTYPES.values()):
         return f"matrices of {a.dtype} and {b.dtype}, which no weight is"
-    shapes = (weight.shape, a.shape, b.shape)
-    if any(len(shape) != 2 for shape in shapes) or b.shape[1] != a.shape[0] or weight.shape != (b.shape[0], a.shape[1]):
+    two_axes = all(len(shape) == 2 for shape in (weight.shape, a.shape, b.shape))
+    if not two_axes or b.shape[1] != a.shape[0] or weight.shape != (b.shape[0], a.shape[1]) or not a.shape[0]:
         return f"lora_A {list(a.shape)} and lora_B {list(b.shape)} do not fit a weight {list(weight.shape)}"
+    if rank is not None and a.shape[0] != rank:
+        return f"rank {a.shape[0]}, but {ADAPTER_CONFIG} says r = {rank}"
     return None
 
 

@@ -39,6 +39,13 @@ class Tensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+def common_dtype(*dtypes: np.dtype) -> np.dtype:
+    """The smallest float dtype that holds all of these exactly."""
+    if len(set(dtypes)) == 1:
+        return dtypes[0]
+    return np.dtype(np.float64 if np.dtype(np.float64) in dtypes else np.float32)
+
+
 def dtype_name(dtype: np.dtype) -> str:
     """A dtype's name in `FLOAT_DTYPES`."""
     return next(name for name, known in FLOAT_DTYPES.items() if known == dtype)

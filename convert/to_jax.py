@@ -1,5 +1,6 @@
 """`deqa convert`: a published checkpoint to a folder of ours, and the cache that `--model` uses."""
 
+import contextlib
 import hashlib
 import importlib.metadata
 import logging
@@ -21,7 +22,7 @@ from .hf import Published, open_published, side_files
 from .names import Rule, account, rules_for
 from .peft import is_adapter, merge_adapter
 from .progress import progress_bar
-from .tensors import FLOAT_DTYPES, ConversionError, Tensor, dtype_name
+from .tensors import FLOAT_DTYPES, ConversionError, Tensor, common_dtype, dtype_name
 
 _LOG = logging.getLogger(__name__)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -76,11 +77,12 @@ def convert(source: str, out: Path, *, base: str | None = None, dtype: str | Non
     """
     if out.exists():
         raise FileExistsError(f"{out} exists already; remove it or choose another name")
-    folder = locate(source)
-    published, folders = _open(folder, source, base)
-    shapes = parameter_shapes(published.config)
-    problems = account(published.config, shapes, published.tensors)
-    if problems:
+    problems: list[str] = []
+    published, folders = _open(source, base, problems)
+    shapes = parameter_shapes(published.config) if published else {}
+    if published:
+        problems += account(published.config, shapes, published.tensors)
+    if problems or not published:
         raise ConversionError(problems)
 
     stored = FLOAT_DTYPES[dtype] if dtype else None
@@ -99,24 +101,26 @@ def convert(source: str, out: Path, *, base: str | None = None, dtype: str | Non
         )
 
 
-def _open(folder: Path, source: str, base: str | None) -> tuple[Published, list[Path]]:
+def _open(source: str, base: str | None, problems: list[str]) -> tuple[Published | None, list[Path]]:
     """The checkpoint, and the folders to take tokenizer and preprocessor files from, the last one winning."""
+    folder = locate(source)
     if not is_adapter(folder):
         if base is not None:
             raise ConversionError([f"{source}: a full checkpoint; --base is for LoRA adapters"])
-        return open_published(folder), [folder]
+        return open_published(folder, problems), [folder]
     if base is None:
         raise ConversionError([f"{source}: a LoRA adapter; name the checkpoint it was trained on with --base"])
     base_folder = locate(base)
     if is_adapter(base_folder):
         raise ConversionError([f"{base}: a LoRA adapter too; --base is the full checkpoint"])
-    return merge_adapter(folder, open_published(base_folder)), [folder, base_folder]
+    published = open_published(base_folder, problems)
+    return merge_adapter(folder, published, problems), [folder, base_folder]
 
 
 def _stacked(rule: Rule, shape: tuple[int, ...], published: Published, dtype: np.dtype | None) -> Tensor:
     """One of our parameters, assembled from its published tensors when it is read."""
     parts = [published.tensors[key] for key in rule.keys(shape)]
-    target = dtype or np.result_type(*(part.dtype for part in parts))
+    target = dtype or common_dtype(*(part.dtype for part in parts))
 
     def read() -> np.ndarray:
         array = np.empty(shape, target)
@@ -160,7 +164,9 @@ def resolve(model: str) -> Path:
     cached = cache / f"{folder.resolve().name}-{_fingerprint(folder)}"
     if not cached.exists():
         _LOG.info("converting %s once into %s", model, cached)
-        convert(model, cached)
+        # Where two programs convert the same model at once, the first one's result serves both.
+        with contextlib.suppress(FileExistsError):
+            convert(model, cached)
     return cached
 
 

@@ -14,7 +14,7 @@ from .hf import side_files, write_published
 from .names import ROTARY_FREQUENCIES, Rule, rules_for
 from .names import positions as computed_positions
 from .progress import progress_bar
-from .tensors import FLOAT_DTYPES, Tensor, dtype_name
+from .tensors import FLOAT_DTYPES, Tensor, common_dtype, dtype_name
 
 _SHARD_BYTES = 5 << 30
 
@@ -51,7 +51,7 @@ def _tensors(checkpoint: Checkpoint, dtype: np.dtype | None) -> Iterator[tuple[s
 
     def choose(key: str, stored: np.dtype) -> np.dtype:
         source = FLOAT_DTYPES[came_with[key]] if key in came_with else stored
-        return dtype or (source if np.result_type(stored, source) == stored else stored)
+        return dtype or (source if common_dtype(stored, source) == stored else stored)
 
     # The tensors of one parameter follow each other, so it is enough to keep the last one read.
     read_leaf = functools.lru_cache(maxsize=1)(checkpoint.read_leaf)

@@ -6,12 +6,15 @@ names tensors need; the storages are memory-mapped, one tensor at a time.
 """
 
 import collections
-import dataclasses
+import io
+import math
 import pickle
+import pickletools
 import struct
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,17 +33,22 @@ _STORAGE_DTYPES = {
     "BoolStorage": np.dtype(np.bool_),
 }
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
+_MAX_AXES = 32
+_MAX_NUMBER = 1 << 40
 
 
-@dataclasses.dataclass(frozen=True)
-class _Storage:
-    dtype: np.dtype
+# What the pickle builds is of types without attributes: it could change those of a common class after the check.
+class _Storage(NamedTuple):
+    kind: str
     key: str
     numel: int
 
+    @property
+    def dtype(self) -> np.dtype:
+        return _STORAGE_DTYPES[self.kind]
 
-@dataclasses.dataclass(frozen=True)
-class _View:
+
+class _View(NamedTuple):
     """What `_rebuild_tensor_v2` is called with: a strided window on a storage."""
 
     storage: _Storage
@@ -64,7 +72,7 @@ class _Refused:
 
 def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _View:
     numbers = (offset, *shape, *strides)
-    if not isinstance(storage, _Storage) or not all(isinstance(n, int) and n >= 0 for n in numbers):
+    if not isinstance(storage, _Storage) or not all(type(n) is int and 0 <= n < _MAX_NUMBER for n in numbers):
         raise pickle.UnpicklingError("a tensor that is not made of a storage and sizes")
     return _View(storage, offset, tuple(shape), tuple(strides))
 
@@ -82,7 +90,7 @@ class _TensorUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in _STORAGE_DTYPES:
-            return _STORAGE_DTYPES[name]
+            return name
         allowed = {
             ("collections", "OrderedDict"): collections.OrderedDict,
             ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
@@ -95,8 +103,8 @@ class _TensorUnpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> _Storage:
         match pid:
-            case ("storage", np.dtype() as dtype, str(key), _, int(numel)) if numel >= 0:
-                return _Storage(dtype, key, numel)
+            case ("storage", str(kind), str(key), _, int(numel)) if kind in _STORAGE_DTYPES and numel >= 0:
+                return _Storage(kind, key, numel)
         raise pickle.UnpicklingError("a persistent id that is not a storage")
 
 
@@ -104,26 +112,35 @@ def open_torch_file(path: Path) -> dict[str, Tensor]:
     """Lists the tensors of a `.bin` file; nothing but the description is read.
 
     Raises:
-      ConversionError: the file is truncated, of the old format, or holds anything but named tensors.
+      ConversionError: the file is truncated, damaged, of the old format, or holds anything but named tensors.
     """
     try:
         archive = zipfile.ZipFile(path)
     except zipfile.BadZipFile:
         raise ConversionError([f"{path.name}: {_why_not_a_zip(path)}"]) from None
+    # Where the bytes of the zip's own tables are damaged, its reader raises nearly anything.
+    except Exception as error:
+        raise ConversionError([f"{path.name}: damaged zip ({error})"]) from error
     with archive:
-        entries = {name.split("/", 1)[-1]: archive.getinfo(name) for name in archive.namelist()}
+        entries = {info.filename.split("/", 1)[-1]: info for info in archive.infolist()}
         if "data.pkl" not in entries:
             raise ConversionError([f"{path.name}: a zip, but not of tensors (no data.pkl)"])
-        if "byteorder" in entries and archive.read(entries["byteorder"]) != b"little":
-            raise ConversionError([f"{path.name}: its tensors are not in little-endian byte order"])
-        views, problems = _unpickle(archive, entries["data.pkl"], path.name)
+        try:
+            byteorder = archive.read(entries["byteorder"]) if "byteorder" in entries else b"little"
+            pickled = archive.read(entries["data.pkl"])
+        except Exception as error:
+            raise ConversionError([f"{path.name}: damaged zip entry ({error})"]) from error
+    if byteorder != b"little":
+        raise ConversionError([f"{path.name}: its tensors are not in little-endian byte order"])
+    views, problems = _unpickle(pickled, path.name)
+    starts = _data_starts(path, {view.storage.key: entries.get(f"data/{view.storage.key}") for view in views.values()})
     tensors = {}
     for name, view in views.items():
-        problem = _check_view(view, entries.get(f"data/{view.storage.key}"), path.stat().st_size)
+        problem = _check_view(view, entries.get(f"data/{view.storage.key}"), starts.get(view.storage.key))
         if problem:
             problems.append(f"{path.name}: {name}: {problem}")
         else:
-            tensors[name] = _tensor(path, entries[f"data/{view.storage.key}"], view)
+            tensors[name] = _tensor(path, starts[view.storage.key], view)
     if problems:
         raise ConversionError(problems)
     return tensors
@@ -141,47 +158,72 @@ def _why_not_a_zip(path: Path) -> str:
     return "not a PyTorch file"
 
 
-def _unpickle(archive: zipfile.ZipFile, info: zipfile.ZipInfo, file: str) -> tuple[dict[str, _View], list[str]]:
-    with archive.open(info) as stream:
-        unpickler = _TensorUnpickler(stream)
-        failure = None
-        try:
-            loaded = unpickler.load()
-        # Damaged or hostile bytes make an unpickler raise anything; all of it means the same here.
-        except Exception as error:
-            loaded, failure = {}, error
+def _unpickle(pickled: bytes, file: str) -> tuple[dict[str, _View], list[str]]:
+    unpickler = _TensorUnpickler(io.BytesIO(pickled))
+    failure: Exception | None = None
+    loaded: Any = {}
+    # Damaged or hostile bytes make an unpickler raise anything; all of it means the same here.
+    try:
+        _check_memo(pickled)
+        loaded = unpickler.load()
+    except Exception as error:
+        failure = error
     if unpickler.refused:
         return {}, [f"{file}: its pickle names {name}, which is no tensor; refused" for name in unpickler.refused]
     if failure is not None:
         return {}, [f"{file}: its pickle is damaged ({failure})"]
     if not isinstance(loaded, dict):
         return {}, [f"{file}: holds a {type(loaded).__name__}, not a dict of tensors"]
-    views = {name: value for name, value in loaded.items() if isinstance(name, str) and isinstance(value, _View)}
-    return views, [f"{file}: {name!r} is no tensor" for name in loaded.keys() - views.keys()]
+    # Through `dict` itself: a pickle may put attributes of its own on an OrderedDict.
+    views = {name: value for name, value in dict.items(loaded) if isinstance(name, str) and isinstance(value, _View)}
+    return views, [f"{file}: {name!r} is no tensor" for name in dict.keys(loaded) if name not in views]
 
 
-def _check_view(view: _View, entry: zipfile.ZipInfo | None, file_size: int) -> str | None:
+def _check_memo(pickled: bytes) -> None:
+    """The unpickler makes an array as long as the largest number that the pickle remembers something under."""
+    for opcode, argument, _ in pickletools.genops(pickled):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > len(pickled):
+            raise pickle.UnpicklingError("it remembers more than it says")
+
+
+def _data_starts(path: Path, entries: Mapping[str, zipfile.ZipInfo | None]) -> dict[str, int]:
+    """Where in the file each storage's bytes begin, if they all lie in it."""
+    starts = {}
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        for key, entry in entries.items():
+            if entry is None:
+                continue
+            file.seek(entry.header_offset)
+            header = file.read(_LOCAL_HEADER.size)
+            if len(header) < _LOCAL_HEADER.size or header[:4] != b"PK\x03\x04":
+                continue
+            _, name_length, extra_length = _LOCAL_HEADER.unpack(header)
+            start = entry.header_offset + _LOCAL_HEADER.size + name_length + extra_length
+            if start + entry.file_size <= size:
+                starts[key] = start
+    return starts
+
+
+def _check_view(view: _View, entry: zipfile.ZipInfo | None, start: int | None) -> str | None:
     storage = view.storage
     if entry is None:
         return f"its storage {storage.key} is missing"
     if entry.compress_type != zipfile.ZIP_STORED:
         return "its storage is compressed"
-    if entry.file_size != storage.numel * storage.dtype.itemsize or entry.header_offset + entry.file_size > file_size:
+    if start is None:
+        return f"its storage {storage.key} does not lie in the file"
+    if entry.file_size != storage.numel * storage.dtype.itemsize:
         return f"its storage has {entry.file_size} bytes, not {storage.numel} x {storage.dtype}"
-    last = view.offset + sum((n - 1) * s for n, s in zip(view.shape, view.strides, strict=False))
-    if len(view.shape) != len(view.strides) or (0 not in view.shape and last >= storage.numel):
-        return f"its shape {list(view.shape)} does not fit its storage of {storage.numel}"
-    return None
+    fits = len(view.shape) == len(view.strides) <= _MAX_AXES
+    if fits and 0 not in view.shape:
+        last = view.offset + sum((n - 1) * step for n, step in zip(view.shape, view.strides, strict=True))
+        fits = last < storage.numel and math.prod(view.shape) < _MAX_NUMBER
+    return None if fits else f"its shape {list(view.shape)} does not fit its storage of {storage.numel}"
 
 
-def _tensor(path: Path, entry: zipfile.ZipInfo, view: _View) -> Tensor:
+def _tensor(path: Path, start: int, view: _View) -> Tensor:
     def read() -> np.ndarray:
-        with path.open("rb") as file:
-            file.seek(entry.header_offset)
-            magic, name_length, extra_length = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
-        if magic != b"PK\x03\x04":
-            raise ConversionError([f"{path.name}: damaged zip entry {entry.filename}"])
-        start = entry.header_offset + _LOCAL_HEADER.size + name_length + extra_length
         if 0 in view.shape:
             return np.zeros(view.shape, view.storage.dtype)
         storage = np.memmap(path, view.storage.dtype, "r", start, (view.storage.numel,))

@@ -90,7 +90,12 @@ def new_folder(out: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        os.rename(temporary, out)
+        try:
+            os.rename(temporary, out)
+        except OSError as error:
+            if out.exists():
+                raise FileExistsError(f"{out} exists already; it was made meanwhile") from error
+            raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -246,10 +251,10 @@ class Checkpoint:
                     f"{folder}: format version {written.get('version')}, this program reads {_VERSION}; "
                     "convert the published checkpoint again"
                 )
-            config = DeqaConfig.from_dict(written["model"])
+            config = DeqaConfig.from_dict(written.get("model"))
             provenance = read_json(folder / PROVENANCE_FILE)
-        except ConfigError as error:
-            raise CheckpointError(f"{folder}: {error}") from error
+        except (ConfigError, OSError) as error:
+            raise CheckpointError(f"{folder}: {error}; convert the checkpoint again") from error
         missing = [name for name in (PARAMS_FOLDER, *SIDE_FILES[:2]) if not (folder / name).exists()]
         if missing:
             raise CheckpointError(f"{folder}: {', '.join(missing)} missing; convert the checkpoint again")
@@ -260,21 +265,26 @@ class Checkpoint:
         return Tokenizer(self.folder / TOKENIZER_FILE)
 
     def preprocess(self) -> PreprocessConfig:
-        """The checkpoint's preprocessing."""
-        return PreprocessConfig.from_published(read_json(self.folder / PREPROCESSOR_FILE))
+        """The checkpoint's preprocessing. Raises `CheckpointError` if its file is damaged."""
+        try:
+            return PreprocessConfig.from_published(read_json(self.folder / PREPROCESSOR_FILE))
+        except (ConfigError, OSError) as error:
+            raise CheckpointError(f"{self.folder}: {error}; convert the checkpoint again") from error
 
     @functools.cached_property
     def stored(self) -> dict[ParamPath, jax.ShapeDtypeStruct]:
         """Shape and dtype of every stored parameter, by path.
 
         Raises:
-          CheckpointError: they are not the parameters of this model.
+          CheckpointError: they cannot be read, or are not the parameters of this model.
         """
         import orbax.checkpoint as ocp
 
         try:
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
                 metadata = checkpointer.metadata(self._params).item_metadata
+            if metadata is None:
+                raise ValueError("its description is missing")
             stored = {
                 path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in flatten(metadata.tree).items()
             }

@@ -4,11 +4,12 @@ Nothing heavy is imported before a command is known, so that `deqa --help` answe
 """
 
 import argparse
+import io
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -22,11 +23,13 @@ class _Parser(argparse.ArgumentParser):
         self.exit(_USAGE, f"{self.prog}: {message}\nTry `{self.prog} --help`.\n")
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return value
+def _whole_number(least: int, most: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isdecimal() or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to {most}")
+        return int(text)
+
+    return parse
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -57,7 +60,10 @@ def _parser() -> argparse.ArgumentParser:
         "--model", required=True, help="converted folder, published folder, or hub id (converted once into a cache)"
     )
     score.add_argument(
-        "--batch-size", type=_positive, metavar="N", help="images at once (default: 1 on CPU, 32 elsewhere)"
+        "--batch-size",
+        type=_whole_number(1, 1 << 16),
+        metavar="N",
+        help="images at once (default: 1 on CPU, 32 elsewhere)",
     )
     score.add_argument(
         "--dtype",
@@ -104,9 +110,11 @@ def _parser() -> argparse.ArgumentParser:
         "--size",
         choices=("test", "small", "mid", "full"),
         default="test",
-        help="4.5 M to 8.2 B parameters (default: test)",
+        help="4.4 M to 8.2 B parameters (default: test)",
     )
-    init.add_argument("--seed", type=int, default=0, metavar="N", help="of the weights (default: 0)")
+    init.add_argument(
+        "--seed", type=_whole_number(0, (1 << 32) - 1), default=0, metavar="N", help="of the weights (default: 0)"
+    )
     _add_dtype(init, "float32")
     return parser
 
@@ -128,6 +136,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(0)
     if options.command is None:
         parser.error("name a command")
+    # File names need not be text in any encoding: they are read as they are and written with escapes, which JSON
+    # understands too.
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("deqa_jax").setLevel(logging.INFO)
     try:
@@ -141,11 +154,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.stdout.flush()
     except KeyboardInterrupt:
         status = _fail("interrupted; what was finished is written", _INTERRUPTED)
+    except (FileExistsError, NotADirectoryError) as error:
+        status = _fail(_reason(error), _USAGE)
     except BrokenPipeError:
         # The reader of our output went away (`deqa score … | head`); keep Python from complaining about it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = _FAILED
+    except OSError as error:
+        status = _fail(_reason(error), _FAILED)
     sys.exit(status)
+
+
+def _reason(error: OSError) -> str:
+    return f"{error.filename}: {error.strerror}" if error.filename else str(error)
 
 
 def _fail(message: str, status: int) -> int:
@@ -154,7 +175,7 @@ def _fail(message: str, status: int) -> int:
 
 
 def _score(options: argparse.Namespace) -> int:
-    if options.output is not None and options.output.exists():
+    if options.output is not None and os.path.lexists(options.output):
         return _fail(f"{options.output} exists already; remove it or choose another name", _USAGE)
     if options.output is not None and not options.output.absolute().parent.is_dir():
         return _fail(f"{options.output}: no such folder to write in; make it first", _USAGE)
@@ -185,7 +206,7 @@ def _score(options: argparse.Namespace) -> int:
     if options.output is None:
         failed = score_files(scorer, paths, sys.stdout, format=options.format)
     else:
-        with options.output.open("x", encoding="utf-8") as output:
+        with options.output.open("x", encoding="utf-8", errors="backslashreplace") as output:
             failed = score_files(scorer, paths, output, format=options.format)
     if failed:
         return _fail(f"{failed} of {len(paths)} images could not be scored", _FAILED)
@@ -198,8 +219,6 @@ def _convert(options: argparse.Namespace) -> int:
 
     try:
         convert(options.source, options.out, base=options.base, dtype=options.dtype)
-    except FileExistsError as error:
-        return _fail(str(error), _USAGE)
     except ConversionError as error:
         return _fail(f"{options.source} cannot be converted:\n" + "\n".join(f"  {x}" for x in error.problems), _FAILED)
     return 0
@@ -212,8 +231,6 @@ def _export(options: argparse.Namespace) -> int:
 
     try:
         export(options.model, options.out, dtype=options.dtype)
-    except FileExistsError as error:
-        return _fail(str(error), _USAGE)
     except (CheckpointError, ConfigError) as error:
         return _fail(str(error), _FAILED)
     return 0
@@ -234,8 +251,5 @@ def _info(options: argparse.Namespace) -> int:
 def _init(options: argparse.Namespace) -> int:
     from deqa_jax.random_model import init
 
-    try:
-        init(options.out, size=options.size, seed=options.seed, dtype=options.dtype or "float32")
-    except FileExistsError as error:
-        return _fail(str(error), _USAGE)
+    init(options.out, size=options.size, seed=options.seed, dtype=options.dtype or "float32")
     return 0

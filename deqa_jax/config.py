@@ -4,12 +4,22 @@ No field of the model has a default: an epsilon, a theta or a size that nobody w
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
 
 class ConfigError(ValueError):
     """A configuration that this model cannot take; the message names every offending entry."""
+
+
+def _is_whole(name: str) -> bool:
+    return not name.endswith(("eps", "theta"))
+
+
+def _is_number(value: Any, *, whole: bool) -> bool:
+    is_kind = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    return is_kind and math.isfinite(value)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,10 +95,10 @@ class DeqaConfig:
 
     def __post_init__(self) -> None:
         problems = [
-            f"{part}.{name} must be positive, not {value}"
+            f"{part}.{name} must be {'a positive whole number' if _is_whole(name) else 'positive'}, not {value!r}"
             for part, values in dataclasses.asdict(self).items()
             for name, value in values.items()
-            if value <= 0
+            if not _is_number(value, whole=_is_whole(name)) or not value > 0
         ]
         if problems:
             raise ConfigError("; ".join(problems))
@@ -122,12 +132,17 @@ class DeqaConfig:
         return self.abstractor.num_queries + 1
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "DeqaConfig":
-        """Reads what `dataclasses.asdict` wrote. Raises `ConfigError` for missing or unknown entries."""
+    def from_dict(cls, values: Any) -> "DeqaConfig":
+        """Reads what `dataclasses.asdict` wrote. Raises `ConfigError` for anything else, naming every fault."""
         parts = {"vision": VisionConfig, "abstractor": AbstractorConfig, "language": LanguageConfig}
+        if not isinstance(values, Mapping):
+            raise ConfigError("model configuration: not an object")
         problems = [f"{key}: missing" for key in parts.keys() - values.keys()]
         problems += [f"{key}: unknown" for key in values.keys() - parts.keys()]
         for part in parts.keys() & values.keys():
+            if not isinstance(values[part], Mapping):
+                problems.append(f"{part}: not an object")
+                continue
             names = {field.name for field in dataclasses.fields(parts[part])}
             problems += [f"{part}.{key}: missing" for key in names - values[part].keys()]
             problems += [f"{part}.{key}: unknown" for key in values[part].keys() - names]
@@ -217,35 +232,29 @@ def from_published(published: Mapping[str, Any]) -> DeqaConfig:
         except KeyError:
             problems.append(f"{'.'.join(path)}: missing")
             continue
-        whole = not name.endswith(("eps", "theta"))
-        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+        whole = _is_whole(name)
+        if not _is_number(value, whole=whole):
             problems.append(f"{'.'.join(path)}: {value!r} is not a{' whole' if whole else ''} number")
             continue
         parts[part][name] = value if whole else float(value)
-    for path, wanted in _FIXED.items():
+    wanted = dict(_FIXED)
+    vision = parts["vision"]
+    if {"image_size", "patch_size", "hidden_size"} <= vision.keys() and vision["patch_size"] > 0:
+        wanted[*_ABSTRACTOR, "grid_size"] = vision["image_size"] // vision["patch_size"]
+        wanted[*_ABSTRACTOR, "encoder_hidden_size"] = vision["hidden_size"]
+    for path, only in wanted.items():
         try:
             value = _lookup(published, path)
         except KeyError:
             continue
-        if value != wanted:
-            problems.append(f"{'.'.join(path)}: {value!r} is not supported (only {wanted!r})")
+        if value != only:
+            problems.append(f"{'.'.join(path)}: {value!r} is not supported (only {only!r})")
     if problems:
         raise ConfigError("config.json: " + "; ".join(problems))
-    config = DeqaConfig.from_dict(parts)
-    derived = {
-        (*_ABSTRACTOR, "grid_size"): config.vision.grid_size,
-        (*_ABSTRACTOR, "encoder_hidden_size"): config.vision.hidden_size,
-    }
-    for path, expected in derived.items():
-        try:
-            value = _lookup(published, path)
-        except KeyError:
-            continue
-        if value != expected:
-            problems.append(f"{'.'.join(path)}: {value!r}, but the vision tower has {expected}")
-    if problems:
-        raise ConfigError("config.json: " + "; ".join(problems))
-    return config
+    try:
+        return DeqaConfig.from_dict(parts)
+    except ConfigError as error:
+        raise ConfigError(f"config.json: {error}") from error
 
 
 def to_published(config: DeqaConfig) -> dict[str, Any]:

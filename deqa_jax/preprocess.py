@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,8 @@ IMAGE_SUFFIXES = frozenset(
 
 # Raster formats only: Pillow hands some others (EPS) to outside programs.
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+# All that JPEG can hold; the square around an image of this length has four gigapixels.
+_MAX_SIDE = 1 << 16
 # Pixels that are padded at a time: bounds memory for panoramas, whose square would be enormous.
 _BLOCK_PIXELS = 1 << 24
 
@@ -66,15 +69,15 @@ class PreprocessConfig:
                 f"size {published.get('size')!r} and crop_size {published.get('crop_size')!r} are not the same square"
             )
         resample = published.get("resample")
-        if resample not in {int(filter) for filter in Image.Resampling}:
+        if type(resample) is not int or resample not in {int(filter) for filter in Image.Resampling}:
             problems.append(f"resample: {resample!r} is not one of Pillow's filters")
         colours = {}
         for key in ("image_mean", "image_std"):
-            value = published.get(key)
-            if isinstance(value, list) and len(value) == 3 and all(isinstance(x, int | float) for x in value):
+            value: Any = published.get(key)
+            if _is_colour(value) and (key == "image_mean" or all(x > 0 for x in value)):
                 colours[key] = (float(value[0]), float(value[1]), float(value[2]))
             else:
-                problems.append(f"{key}: {value!r} is not three numbers")
+                problems.append(f"{key}: {value!r} is not three {'positive ' * (key == 'image_std')}numbers")
         if problems or size is None or resample is None:
             raise ConfigError("preprocessor_config.json: " + "; ".join(problems))
         return cls(size=size, resample=resample, mean=colours["image_mean"], std=colours["image_std"])
@@ -82,9 +85,15 @@ class PreprocessConfig:
 
 def _side(value: Any) -> int | None:
     """The side of a square, in any of the ways that processors write it: 448, {"shortest_edge": 448}, …"""
-    sides = set(value.values()) if isinstance(value, Mapping) else {value}
-    side = sides.pop() if len(sides) == 1 else None
-    return side if isinstance(side, int) and side > 0 else None
+    sides = list(value.values()) if isinstance(value, Mapping) else [value]
+    square = bool(sides) and all(type(side) is int and side == sides[0] > 0 for side in sides)
+    return sides[0] if square else None
+
+
+def _is_colour(value: Any) -> bool:
+    return (
+        isinstance(value, list) and len(value) == 3 and all(type(x) in (int, float) and math.isfinite(x) for x in value)
+    )
 
 
 def load_square(image: ImageLike, config: PreprocessConfig) -> UInt8[np.ndarray, "H H 3"]:
@@ -102,18 +111,22 @@ def load_square(image: ImageLike, config: PreprocessConfig) -> UInt8[np.ndarray,
     """
     if isinstance(image, np.ndarray):
         return _square(_from_array(image), config)
-    if isinstance(image, Image.Image):
-        return _square(image.convert("RGB"), config)
-    path = Path(image)
-    try:
-        with Image.open(path, formats=_formats()) as opened:
-            rgb = opened.convert("RGB")
-    except FileNotFoundError as error:
-        raise ImageError(f"{path}: no such file") from error
+    name = getattr(image, "filename", "") or "an image" if isinstance(image, Image.Image) else os.fspath(image)
     # Decoders raise nearly anything on damaged files; whatever it is, this image cannot be read.
+    try:
+        if isinstance(image, Image.Image):
+            return _square(_to_rgb(image), config)
+        with Image.open(image, formats=_formats()) as opened:
+            return _square(_to_rgb(opened), config)
     except Exception as error:
-        raise ImageError(f"{path}: {_reason(path, error)}") from error
-    return _square(rgb, config)
+        raise ImageError(f"{name}: {_reason(name, error)}") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    # Pillow warns that a palette with transparency were better RGBA; alpha is dropped here all the same.
+    if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
+        image = image.convert("RGBA")
+    return image.convert("RGB")
 
 
 @functools.cache
@@ -123,14 +136,17 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
-def _reason(path: Path, error: Exception) -> str:
-    if path.is_dir():
-        return "is a folder"
-    if not path.stat().st_size:
-        return "empty file"
-    return (
-        "not an image (or of an unsupported format)" if isinstance(error, Image.UnidentifiedImageError) else str(error)
-    )
+def _reason(name: str, error: Exception) -> str:
+    match error:
+        case FileNotFoundError():
+            return "no such file"
+        case IsADirectoryError():
+            return "is a folder"
+        case Image.UnidentifiedImageError():
+            return "not an image (or of an unsupported format)" if Path(name).stat().st_size else "empty file"
+        case OSError() if error.strerror:
+            return error.strerror
+    return str(error)
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
@@ -152,6 +168,8 @@ def _square(image: Image.Image, config: PreprocessConfig) -> UInt8[np.ndarray, "
     if not width or not height:
         raise ImageError(f"an image of {width}x{height} pixels")
     side, size = max(width, height), config.size
+    if side > _MAX_SIDE:
+        raise ImageError(f"{width}x{height} pixels; a side of more than {_MAX_SIDE} is refused")
     left, top = (side - width) // 2, (side - height) // 2
     narrow = Image.new("RGB", (size, side), config.fill)
     rows = max(1, _BLOCK_PIXELS // side)

@@ -57,6 +57,8 @@ class Tokenizer:
         except (OSError, RuntimeError) as error:
             raise PromptError(f"{path}: not a sentencepiece model ({error})") from error
         self._special = {"<unk>": 0, "<s>": 1, "</s>": 2}
+        if [self._pieces.IdToPiece(i) for i in range(min(3, len(self._pieces)))] != list(self._special):
+            raise PromptError(f"{path}: its first three pieces are not {', '.join(self._special)}")
         self.bos_id = self._special["<s>"]
         self._space_id = self._pieces.PieceToId(_SPACE)
         # Text is encoded behind a newline, whose pieces are then dropped: this keeps sentencepiece from adding
@@ -170,6 +172,10 @@ def encode_conversation(
     speakers = [message.get("from") for message in conversation]
     if not speakers or speakers != ["human", "gpt"] * (len(speakers) // 2):
         raise PromptError(f"a conversation goes human, gpt, human, gpt, …, not {speakers}")
+    if not all(isinstance(message.get("value"), str) for message in conversation):
+        raise PromptError('a message of the conversation has no text under "value"')
+    if any(IMAGE_PLACEHOLDER in message["value"] for message in conversation[1::2]):
+        raise PromptError(f"an answer of the conversation holds {IMAGE_PLACEHOLDER}")
     messages = [_image_first(message["value"]) for message in conversation]
     quirk = 0 if any(IMAGE_PLACEHOLDER in message for message in messages) else 1
 

@@ -14,6 +14,7 @@ from deqa_jax.checkpoint import PREPROCESSOR_FILE, TOKENIZER_FILE, flatten, new_
 from deqa_jax.config import PRESETS, Execution
 from deqa_jax.model.deqa import Deqa
 from deqa_jax.prompt import LEVELS, PROMPTS, SYSTEM_SENTENCES
+from deqa_jax.scorer import use_compilation_cache
 
 # OpenAI CLIP's colours, as in every published checkpoint.
 _PREPROCESSOR = {
@@ -53,6 +54,9 @@ def init(out: Path, *, size: str = "test", seed: int = 0, dtype: str = "float32"
     Raises:
       FileExistsError: `out` is there already.
     """
+    if out.exists():
+        raise FileExistsError(f"{out} exists already; remove it or choose another name")
+    use_compilation_cache()
     config = PRESETS[size]
     execution = Execution(param_dtype=dtype)
     state = jax.jit(lambda key: nnx.state(Deqa(config, execution=execution, rngs=nnx.Rngs(key))))(jax.random.key(seed))

@@ -31,10 +31,16 @@ def find_images(patterns: Iterable[str], stdin: TextIO) -> list[str]:
     """
     paths: list[str] = []
     for pattern in patterns:
+        if not pattern:
+            raise UsageError("an empty path; is a variable of the shell not set?")
         if pattern == "-":
             paths += [line for line in (raw.rstrip("\r\n") for raw in stdin) if line]
         elif Path(pattern).is_dir():
-            found = sorted(str(path) for path in Path(pattern).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+            found = sorted(
+                str(path)
+                for path in Path(pattern).rglob("*")
+                if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+            )
             if not found:
                 raise UsageError(
                     f"{pattern}: no images in this folder (looked for {', '.join(sorted(IMAGE_SUFFIXES))})"
@@ -127,11 +133,12 @@ class TableRows:
 
     def row(self, path: str, result: Result) -> str:
         """Numbers to three digits, or why there are none."""
+        shown = path.replace("\n", "\\n")
         if result.score is None or result.std is None or result.probs is None:
-            reason = (result.error or "").removeprefix(f"{path}: ")
-            return f"{'-':>6} {'-':>6} " + " ".join(f"{'-':>9}" for _ in LEVELS) + f"  {path}: {reason}\n"
+            reason = (result.error or "").removeprefix(f"{path}: ").replace("\n", " ")
+            return f"{'-':>6} {'-':>6} " + " ".join(f"{'-':>9}" for _ in LEVELS) + f"  {shown}: {reason}\n"
         probs = " ".join(f"{p:9.3f}" for p in result.probs)
-        return f"{result.score:6.3f} {result.std:6.3f} {probs}  {path}\n"
+        return f"{result.score:6.3f} {result.std:6.3f} {probs}  {shown}\n"
 
 
 _ROWS: dict[str, type[RowWriter]] = {"table": TableRows, "jsonl": JsonlRows, "csv": CsvRows}

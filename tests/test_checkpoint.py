@@ -1,0 +1,458 @@
+"""The converted-checkpoint folder: what is written is read back, and damage is one error that says what to do."""
+
+import contextlib
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deqa_jax import checkpoint
+from deqa_jax.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    flatten,
+    is_checkpoint,
+    new_folder,
+    parameter_shapes,
+    read_json,
+    unflatten,
+    write_checkpoint,
+)
+from deqa_jax.config import PRESETS, ConfigError
+
+TEST = PRESETS["test"]
+TINY = dataclasses.replace(
+    TEST,
+    vision=dataclasses.replace(TEST.vision, image_size=28, num_layers=1),
+    abstractor=dataclasses.replace(TEST.abstractor, num_queries=4, num_layers=1),
+    language=dataclasses.replace(TEST.language, vocab_size=480, num_layers=2),
+)
+
+
+@dataclasses.dataclass
+class Made:
+    """A parameter in memory."""
+
+    array: np.ndarray
+
+    @property
+    def shape(self):
+        return self.array.shape
+
+    @property
+    def dtype(self):
+        return self.array.dtype
+
+    def read(self):
+        return self.array
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    """Parameters of the tiny model: float16, every third one bfloat16."""
+    random = np.random.default_rng(0)
+    return {
+        path: random.standard_normal(shape).astype(np.float16 if i % 3 else ml_dtypes.bfloat16)
+        for i, (path, shape) in enumerate(sorted(parameter_shapes(TINY).items()))
+    }
+
+
+def write(out, arrays, side_files, **options):
+    with new_folder(out) as temporary:
+        write_checkpoint(
+            temporary,
+            config=TINY,
+            leaves={path: Made(array) for path, array in arrays.items()},
+            side_files=side_files,
+            published_config={"model_type": "mplug_owl2"},
+            provenance={"source": "a test"},
+            **options,
+        )
+    return out
+
+
+@pytest.fixture(scope="module")
+def written(arrays, side_files, tmp_path_factory):
+    """A checkpoint; read only."""
+    return write(tmp_path_factory.mktemp("checkpoint") / "M", arrays, side_files)
+
+
+@pytest.fixture
+def damaged(written, tmp_path):
+    """A copy of it to damage."""
+    return Path(shutil.copytree(written, tmp_path / "damaged"))
+
+
+@pytest.fixture
+def unread(written, tmp_path):
+    """A copy to damage that has everything but the contents of `params`."""
+    return Path(shutil.copytree(written, tmp_path / "unread", ignore=lambda folder, _: ["d"]))
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for path, array in expected.items():
+        assert found[path].dtype == array.dtype, path
+        np.testing.assert_array_equal(found[path], array, err_msg=str(path))
+
+
+# ---- round trip -------------------------------------------------------------------------------------------
+
+
+def test_what_is_written_is_read_back(written, arrays, side_files):
+    opened = Checkpoint.open(written)
+    assert opened.config == TINY
+    assert opened.published_config == {"model_type": "mplug_owl2"}
+    assert opened.provenance == {"source": "a test"}
+    assert {path: (leaf.shape, leaf.dtype) for path, leaf in opened.stored.items()} == {
+        path: (array.shape, array.dtype) for path, array in arrays.items()
+    }
+    assert_same(opened.restore(), arrays)
+    assert all(isinstance(array, np.ndarray) for array in opened.restore().values())
+    assert {name: (written / name).read_bytes() for name in side_files} == side_files
+
+
+def test_a_folder_may_be_named_by_text_and_relative(written, arrays, monkeypatch):
+    monkeypatch.chdir(written.parent)
+    assert_same(Checkpoint.open(written.name).restore(), arrays)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_parameters_are_cast_while_they_are_read(dtype, written, arrays):
+    expected = {path: array.astype(dtype) for path, array in arrays.items()}
+    assert_same(Checkpoint.open(written).restore(dtype), expected)
+
+
+def test_parameters_go_to_the_device_that_is_asked_for(written, arrays):
+    device = jax.devices()[3]
+    restored = Checkpoint.open(written).restore("float32", device=device)
+    assert all(array.devices() == {device} for array in restored.values())
+    assert_same(restored, {path: array.astype(np.float32) for path, array in arrays.items()})
+
+
+def test_single_parameters_are_read(written, arrays):
+    opened = Checkpoint.open(written)
+    for path in list(arrays)[:: len(arrays) // 5]:
+        assert_same({path: opened.read_leaf(path)}, {path: arrays[path]})
+
+
+def test_parameters_of_several_chunks_are_read_back(arrays, side_files, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_CHUNK_BYTES", 1000)
+    assert_same(Checkpoint.open(write(tmp_path / "M", arrays, side_files)).restore(), arrays)
+
+
+def test_progress_counts_every_byte(arrays, side_files, tmp_path):
+    done = []
+    write(tmp_path / "M", arrays, side_files, progress=done.append)
+    assert sorted(done) == sorted(array.nbytes for array in arrays.values())
+
+
+def test_one_parameter_is_in_memory_at_a_time(arrays, side_files, tmp_path):
+    events = []
+
+    class Watched(Made):
+        def read(self):
+            events.append("read")
+            return super().read()
+
+    with new_folder(tmp_path / "M") as temporary:
+        write_checkpoint(
+            temporary,
+            config=TINY,
+            leaves={path: Watched(array) for path, array in arrays.items()},
+            side_files=side_files,
+            published_config=None,
+            provenance={},
+            progress=lambda done: events.append("written"),
+        )
+    assert events == ["read", "written"] * len(arrays)
+
+
+def test_tokenizer_and_preprocessing_come_from_the_folder(written):
+    opened = Checkpoint.open(written)
+    assert len(opened.tokenizer().level_ids()) == 5
+    assert opened.preprocess().size == 448
+
+
+def test_only_converted_folders_are_checkpoints(written, published, tmp_path):
+    assert is_checkpoint(written)
+    for other in (published, tmp_path, tmp_path / "absent", written / "config.json"):
+        assert not is_checkpoint(other)
+
+
+# ---- damage -----------------------------------------------------------------------------------------------
+
+
+def in_config(change):
+    def damage(folder):
+        path = folder / "config.json"
+        written = json.loads(path.read_text())
+        change(written)
+        path.write_text(json.dumps(written))
+
+    return damage
+
+
+def content(name, value):
+    return lambda folder: (folder / name).write_bytes(value)
+
+
+def gone(name):
+    def damage(folder):
+        if (folder / name).is_dir():
+            shutil.rmtree(folder / name)
+        else:
+            (folder / name).unlink()
+
+    return damage
+
+
+def a_folder_instead(name):
+    def damage(folder):
+        gone(name)(folder)
+        (folder / name).mkdir()
+
+    return damage
+
+
+# What breaks, and what the message must name.
+OPEN_DAMAGE = {
+    "no configuration": (gone("config.json"), "config.json"),
+    "empty configuration": (content("config.json", b""), "config.json"),
+    "configuration cut short": (content("config.json", b'{"format": "deqa-'), "config.json"),
+    "configuration not text": (content("config.json", b"\xff\xfe\x00"), "config.json"),
+    "configuration a list": (content("config.json", b"[]"), "config.json"),
+    "configuration a folder": (a_folder_instead("config.json"), "config.json"),
+    "another program's configuration": (content("config.json", b'{"model_type": "llama"}'), "not a converted"),
+    "later format": (in_config(lambda written: written.update(version=2)), "version 2"),
+    "no format version": (in_config(lambda written: written.pop("version")), "version None"),
+    "no model": (in_config(lambda written: written.pop("model")), "model"),
+    "model a list": (in_config(lambda written: written.update(model=[])), "model"),
+    "part missing": (in_config(lambda written: written["model"].pop("vision")), "vision: missing"),
+    "part no object": (in_config(lambda written: written["model"].update(vision=3)), "vision"),
+    "entry missing": (in_config(lambda written: written["model"]["vision"].pop("mlp_dim")), "vision.mlp_dim: missing"),
+    "entry unknown": (in_config(lambda written: written["model"]["vision"].update(x=1)), "vision.x: unknown"),
+    "entry not a number": (in_config(lambda written: written["model"]["vision"].update(mlp_dim="9")), "vision.mlp_dim"),
+    "impossible size": (in_config(lambda written: written["model"]["vision"].update(num_heads=5)), "5 heads"),
+    "no provenance": (gone("provenance.json"), "provenance.json"),
+    "empty provenance": (content("provenance.json", b""), "provenance.json"),
+    "no tokenizer": (gone("tokenizer.model"), "tokenizer.model"),
+    "no preprocessing": (gone("preprocessor_config.json"), "preprocessor_config.json"),
+    "no parameters": (gone("params"), "params"),
+}
+
+
+@pytest.mark.parametrize("damage", OPEN_DAMAGE)
+def test_a_damaged_folder_is_named_with_what_is_wrong(damage, unread):
+    break_it, named = OPEN_DAMAGE[damage]
+    break_it(unread)
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint.open(unread)
+    assert str(unread) in str(caught.value)
+    assert named in str(caught.value)
+
+
+@pytest.mark.parametrize("damage", OPEN_DAMAGE)
+def test_an_error_of_a_damaged_folder_says_what_to_do(damage, unread):
+    OPEN_DAMAGE[damage][0](unread)
+    with pytest.raises(CheckpointError, match=r"deqa convert|convert (it|the)\b"):
+        Checkpoint.open(unread)
+
+
+def test_a_missing_folder_and_a_file_are_no_checkpoint(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "absent", tmp_path / "file"):
+        with pytest.raises(CheckpointError, match=f"{path}: no such folder"):
+            Checkpoint.open(path)
+
+
+def test_everything_missing_is_named_at_once(unread):
+    for name in ("params", "tokenizer.model", "preprocessor_config.json"):
+        gone(name)(unread)
+    with pytest.raises(CheckpointError, match=r"params, tokenizer\.model, preprocessor_config\.json missing"):
+        Checkpoint.open(unread)
+
+
+def largest(folder):
+    files = [path for path in (folder / "params").rglob("*") if path.is_file()]
+    return max(files, key=lambda path: path.stat().st_size)
+
+
+def emptied(folder):
+    gone("params")(folder)
+    (folder / "params").mkdir()
+
+
+PARAMS_DAMAGE = {
+    "emptied": emptied,
+    "a file instead": lambda folder: (gone("params")(folder), (folder / "params").write_text("x")),
+    "metadata gone": gone("params/_METADATA"),
+    "metadata empty": content("params/_METADATA", b""),
+    "metadata cut short": content("params/_METADATA", b'{"tree_metadata": {'),
+    "metadata a list": content("params/_METADATA", b"[]"),
+    "manifest gone": gone("params/manifest.ocdbt"),
+    "manifest empty": content("params/manifest.ocdbt", b""),
+    "manifest garbage": content("params/manifest.ocdbt", b"garbage" * 20),
+    "index gone": gone("params/d"),
+    "values gone": gone("params/ocdbt.process_0"),
+    "largest file gone": lambda folder: largest(folder).unlink(),
+    "largest file empty": lambda folder: largest(folder).write_bytes(b""),
+    "largest file cut short": lambda folder: largest(folder).write_bytes(
+        largest(folder).read_bytes()[: largest(folder).stat().st_size // 2]
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", PARAMS_DAMAGE)
+def test_damaged_parameters_are_named_with_what_to_do(damage, damaged):
+    PARAMS_DAMAGE[damage](damaged)
+    with pytest.raises(CheckpointError, match="convert ") as caught:
+        Checkpoint.open(damaged).restore()
+    assert str(damaged) in str(caught.value)
+
+
+def test_a_damaged_parameter_is_noticed_when_it_alone_is_read(damaged):
+    shutil.rmtree(damaged / "params" / "ocdbt.process_0" / "d")
+    opened = Checkpoint.open(damaged)
+    with pytest.raises(CheckpointError, match="convert "):
+        opened.read_leaf(("language", "embedding"))
+
+
+def test_any_file_of_the_parameters_is_missed_or_not_needed(damaged, arrays):
+    files = sorted(path for path in (damaged / "params").rglob("*") if path.is_file())
+    for path in files[::8]:
+        kept = path.read_bytes()
+        path.unlink()
+        with contextlib.suppress(CheckpointError):
+            assert_same(Checkpoint.open(damaged).restore(), arrays)
+        path.write_bytes(kept)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value", "wrong"),
+    [
+        ("language", "mlp_dim", 168, "language/layers/gate/kernel"),
+        ("vision", "num_layers", 2, "vision/layers"),
+        ("language", "vocab_size", 481, "language/embedding"),
+    ],
+)
+def test_a_configuration_that_does_not_fit_the_parameters_is_refused(part, name, value, wrong, damaged):
+    in_config(lambda written: written["model"][part].update({name: value}))(damaged)
+    with pytest.raises(CheckpointError, match=r"do not fit its config\.json; convert") as caught:
+        Checkpoint.open(damaged).restore()
+    assert str(damaged) in str(caught.value)
+    assert wrong in str(caught.value)
+
+
+def test_a_parameter_too_many_or_too_few_is_named(arrays, side_files, tmp_path):
+    extra = {**arrays, ("language", "extra"): np.zeros(3, np.float32)}
+    missing = dict(list(arrays.items())[1:])
+    for name, leaves, wrong in (
+        ("extra", extra, "language/extra"),
+        ("missing", missing, "/".join(next(iter(arrays)))),
+    ):
+        folder = write(tmp_path / name, leaves, side_files)
+        with pytest.raises(CheckpointError, match=wrong):
+            Checkpoint.open(folder).restore()
+
+
+def test_reading_json_names_the_file(tmp_path):
+    with pytest.raises(ConfigError, match=r"x\.json: no such file"):
+        read_json(tmp_path / "x.json")
+    (tmp_path / "x.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"x\.json: not JSON"):
+        read_json(tmp_path / "x.json")
+    (tmp_path / "x.json").write_text("3")
+    with pytest.raises(ConfigError, match=r"x\.json: not a JSON object"):
+        read_json(tmp_path / "x.json")
+
+
+# ---- folders that appear when complete --------------------------------------------------------------------
+
+
+def test_a_new_folder_appears_when_it_is_complete(tmp_path):
+    out = tmp_path / "deep" / "down" / "M"
+    with new_folder(out) as temporary:
+        (temporary / "x").write_text("content")
+        assert not out.exists()
+        inode = temporary.stat().st_ino
+    assert out.stat().st_ino == inode  # renamed, not copied
+    assert (out / "x").read_text() == "content"
+    assert list(out.parent.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_failure_leaves_nothing(error, tmp_path):
+    def fail():
+        with new_folder(tmp_path / "M") as temporary:
+            (temporary / "x").write_text("content")
+            raise error
+
+    with pytest.raises(error):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_exists_is_refused_and_left_alone(kind, tmp_path):
+    out = tmp_path / "M"
+    if kind == "folder":
+        out.mkdir()
+    else:
+        out.write_text("mine")
+    with pytest.raises(FileExistsError, match="M exists already; remove it"), new_folder(out):
+        pytest.fail("the block must not run")
+    assert list(tmp_path.iterdir()) == [out]
+    assert kind == "folder" or out.read_text() == "mine"
+
+
+def test_what_appears_meanwhile_is_refused_and_left_alone(tmp_path):
+    out = tmp_path / "M"
+
+    def race():
+        with new_folder(out):
+            out.mkdir()
+            (out / "x").write_text("of another process")
+
+    with pytest.raises(FileExistsError, match="M exists already"):
+        race()
+    assert [path.name for path in tmp_path.iterdir()] == ["M"]
+    assert (out / "x").read_text() == "of another process"
+
+
+def test_remains_of_a_killed_process_are_swept_away(tmp_path):
+    with new_folder(tmp_path / "M") as temporary:
+        name = temporary.name
+    shutil.rmtree(tmp_path / "M")
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "old").write_text("")
+    with new_folder(tmp_path / "M"):
+        pass
+    assert list(tmp_path.rglob("*")) == [tmp_path / "M"]
+
+
+# ---- trees ------------------------------------------------------------------------------------------------
+
+TREES = st.recursive(
+    st.integers(), lambda inner: st.dictionaries(st.text(max_size=3), inner, min_size=1, max_size=4), max_leaves=12
+).filter(lambda tree: isinstance(tree, dict))
+
+
+@given(tree=TREES)
+def test_unflatten_undoes_flatten(tree):
+    flat = flatten(tree)
+    assert all(isinstance(leaf, int) for leaf in flat.values())
+    assert unflatten(flat) == tree
+
+
+def test_the_parameters_of_every_layer_are_one_stack():
+    shapes = parameter_shapes(TINY)
+    assert {path[0] for path in shapes} == {"vision", "abstractor", "language"}
+    assert {shape[0] for path, shape in shapes.items() if path[:2] == ("language", "layers")} == {2}
