@@ -344,7 +344,7 @@ def test_an_unusable_cache_is_a_sentence(deqa, published, images, tmp_path, monk
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file" / "cache"))
     status, _, err = deqa("score", images, "--model", published)
-    assert status == 1
+    assert status == 2
     assert is_sentence(err)
 
 
