@@ -108,7 +108,8 @@ class CsvRows:
 
     def __init__(self) -> None:
         self._line = _Line()
-        self._writer = csv.writer(self._line, lineterminator="\n")
+        # With this line end csv quotes fields that hold either of its characters.
+        self._writer = csv.writer(self._line, lineterminator="\r\n")
 
     def header(self) -> str:
         """The names of the columns."""
@@ -121,7 +122,7 @@ class CsvRows:
 
     def _csv(self, fields: list[object]) -> str:
         self._writer.writerow(fields)
-        return self._line.text
+        return self._line.text.removesuffix("\r\n") + "\n"
 
 
 class TableRows:
