@@ -43,14 +43,14 @@ def locate(source: str) -> Path:
     if not _HUB_ID.fullmatch(source):
         raise ConversionError([f"{source}: no such folder"])
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         return Path(huggingface_hub.snapshot_download(source, allow_patterns=list(_HUB_FILES)))
-    except HfHubHTTPError as error:
-        raise ConversionError([f"{source}: no such folder, and the hub refused it as an id: {error}"]) from error
     # Whatever the network layer raises when there is no network; its types are not this library's to know.
     except Exception as error:
+        if isinstance(error, HfHubHTTPError) and not isinstance(error, LocalEntryNotFoundError):
+            raise ConversionError([f"{source}: no such folder, and the hub refused it as an id: {error}"]) from error
         raise ConversionError(
             [
                 f"{source}: no such folder, and as a hub id it could not be downloaded: there is no network, or the "
@@ -125,7 +125,12 @@ def _stacked(rule: Rule, shape: tuple[int, ...], published: Published, dtype: np
     def read() -> np.ndarray:
         array = np.empty(shape, target)
         for i, part in enumerate(parts):
-            array[i if rule.stacked else ...] = rule.form.to_ours(part.read())
+            try:
+                with np.errstate(over="raise"):
+                    array[i if rule.stacked else ...] = rule.form.to_ours(part.read())
+            except FloatingPointError as error:
+                key = rule.keys(shape)[i]
+                raise ConversionError([f"{key}: has values that {dtype_name(target)} cannot hold"]) from error
         return array
 
     return Tensor(shape, target, read)

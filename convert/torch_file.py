@@ -34,6 +34,7 @@ _STORAGE_DTYPES = {
 }
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _MAX_AXES = 32
+_MAX_PICKLE_BYTES = 64 << 20
 _MAX_NUMBER = 1 << 40
 
 
@@ -125,6 +126,8 @@ def open_torch_file(path: Path) -> dict[str, Tensor]:
         entries = {info.filename.split("/", 1)[-1]: info for info in archive.infolist()}
         if "data.pkl" not in entries:
             raise ConversionError([f"{path.name}: a zip, but not of tensors (no data.pkl)"])
+        if entries["data.pkl"].file_size > _MAX_PICKLE_BYTES:
+            raise ConversionError([f"{path.name}: its data.pkl is larger than any description of tensors"])
         try:
             byteorder = archive.read(entries["byteorder"]) if "byteorder" in entries else b"little"
             pickled = archive.read(entries["data.pkl"])
@@ -176,7 +179,11 @@ def _unpickle(pickled: bytes, file: str) -> tuple[dict[str, _View], list[str]]:
         return {}, [f"{file}: holds a {type(loaded).__name__}, not a dict of tensors"]
     # Through `dict` itself: a pickle may put attributes of its own on an OrderedDict.
     views = {name: value for name, value in dict.items(loaded) if isinstance(name, str) and isinstance(value, _View)}
-    return views, [f"{file}: {name!r} is no tensor" for name in dict.keys(loaded) if name not in views]
+    return views, [f"{file}: {_shown(name)} is no tensor" for name in dict.keys(loaded) if name not in views]
+
+
+def _shown(name: Any) -> str:
+    return repr(name) if isinstance(name, str) else f"an entry under a {type(name).__name__}"
 
 
 def _check_memo(pickled: bytes) -> None:

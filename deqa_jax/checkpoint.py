@@ -139,6 +139,7 @@ def unflatten(leaves: Mapping[tuple[Any, ...], Any]) -> dict[Any, Any]:
     return tree
 
 
+@functools.cache
 def parameter_shapes(config: DeqaConfig) -> dict[ParamPath, tuple[int, ...]]:
     """Shape of every parameter of a model, by path."""
     state = nnx.to_pure_dict(nnx.state(abstract_model(config)))
