@@ -15,6 +15,7 @@ from deqa_jax.checkpoint import (
     is_checkpoint,
     new_folder,
     parameter_shapes,
+    refuse_existing,
     write_checkpoint,
 )
 
@@ -75,8 +76,7 @@ def convert(source: str, out: Path, *, base: str | None = None, dtype: str | Non
       ConversionError: the checkpoint is not exactly one of this model; every violation is listed.
       FileExistsError: `out` is there already.
     """
-    if out.exists():
-        raise FileExistsError(f"{out} exists already; remove it or choose another name")
+    refuse_existing(out)
     problems: list[str] = []
     published, folders = _open(source, base, problems)
     shapes = parameter_shapes(published.config) if published else {}

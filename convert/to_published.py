@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from deqa_jax.checkpoint import Checkpoint, ParamPath, new_folder
+from deqa_jax.checkpoint import Checkpoint, ParamPath, new_folder, refuse_existing
 from deqa_jax.config import to_published
 from deqa_jax.model.llama import rotary_frequencies
 
@@ -33,8 +33,7 @@ def export(model: Path, out: Path, *, dtype: str | None = None) -> None:
       ConfigError: the model has what the published format cannot say.
       FileExistsError: `out` is there already.
     """
-    if out.exists():
-        raise FileExistsError(f"{out} exists already; remove it or choose another name")
+    refuse_existing(out)
     checkpoint = Checkpoint.open(model)
     tensors = dict(_tensors(checkpoint, FLOAT_DTYPES[dtype] if dtype else None))
     config = dict(checkpoint.published_config or to_published(checkpoint.config))

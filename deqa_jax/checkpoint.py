@@ -75,6 +75,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def refuse_existing(out: Path) -> None:
+    """Raises `FileExistsError` if `out` is there: called before long work whose result could not be kept."""
+    if out.exists():
+        raise FileExistsError(f"{out} exists already; remove it or choose another name")
+
+
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """A folder to fill under a temporary name, which becomes `out` when the block ends well and vanishes if not.
@@ -82,8 +88,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     Raises:
       FileExistsError: `out` is there already.
     """
-    if out.exists():
-        raise FileExistsError(f"{out} exists already; remove it or choose another name")
+    refuse_existing(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.parent / f".{out.name}.{os.getpid()}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)

@@ -10,7 +10,14 @@ import numpy as np
 import sentencepiece
 from flax import nnx
 
-from deqa_jax.checkpoint import PREPROCESSOR_FILE, TOKENIZER_FILE, flatten, new_folder, write_checkpoint
+from deqa_jax.checkpoint import (
+    PREPROCESSOR_FILE,
+    TOKENIZER_FILE,
+    flatten,
+    new_folder,
+    refuse_existing,
+    write_checkpoint,
+)
 from deqa_jax.config import PRESETS, Execution
 from deqa_jax.model.deqa import Deqa
 from deqa_jax.prompt import LEVELS, PROMPTS, SYSTEM_SENTENCES
@@ -54,8 +61,7 @@ def init(out: Path, *, size: str = "test", seed: int = 0, dtype: str = "float32"
     Raises:
       FileExistsError: `out` is there already.
     """
-    if out.exists():
-        raise FileExistsError(f"{out} exists already; remove it or choose another name")
+    refuse_existing(out)
     use_compilation_cache()
     config = PRESETS[size]
     execution = Execution(param_dtype=dtype)
