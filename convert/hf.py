@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import safetensors
 
-from deqa_jax.checkpoint import PREPROCESSOR_FILE, SIDE_FILES, TOKENIZER_FILE, read_json
+from deqa_jax.checkpoint import PREPROCESSOR_FILE, SIDE_FILES, TOKENIZER_FILE
 from deqa_jax.config import ConfigError, DeqaConfig, from_published
+from deqa_jax.files import read_json
 from deqa_jax.preprocess import PreprocessConfig
 
 from .tensors import BFLOAT16, ConversionError, Tensor

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from deqa_jax.checkpoint import read_json
 from deqa_jax.config import ConfigError, from_published
+from deqa_jax.files import read_json
 
 from .hf import Published, open_file
 from .tensors import FLOAT_DTYPES, ConversionError, Tensor

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from deqa_jax.checkpoint import Checkpoint, ParamPath, new_folder, refuse_existing
+from deqa_jax.checkpoint import Checkpoint, ParamPath
 from deqa_jax.config import to_published
+from deqa_jax.files import new_folder, refuse_existing
 from deqa_jax.model.llama import rotary_frequencies
 
 from .hf import side_files, write_published

@@ -1,12 +1,11 @@
 """The converted-checkpoint folder: `config.json`, `params/` (Orbax), tokenizer and preprocessor files, provenance."""
 
-import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from deqa_jax.config import ConfigError, DeqaConfig, Execution
+from deqa_jax.files import read_json
 from deqa_jax.model.deqa import Deqa
 from deqa_jax.preprocess import PreprocessConfig
 from deqa_jax.prompt import Tokenizer
@@ -60,49 +60,6 @@ class Leaf(Protocol):
 
     def read(self) -> np.ndarray:
         """The values."""
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises `ConfigError` or `OSError` naming the file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such file") from error
-    except ValueError as error:
-        raise ConfigError(f"{path}: not JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path}: not a JSON object")
-    return value
-
-
-def refuse_existing(out: Path) -> None:
-    """Raises `FileExistsError` if `out` is there: called before long work whose result could not be kept."""
-    if out.exists():
-        raise FileExistsError(f"{out} exists already; remove it or choose another name")
-
-
-@contextlib.contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill under a temporary name, which becomes `out` when the block ends well and vanishes if not.
-
-    Raises:
-      FileExistsError: `out` is there already.
-    """
-    refuse_existing(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.parent / f".{out.name}.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        try:
-            os.rename(temporary, out)
-        except OSError as error:
-            if out.exists():
-                raise FileExistsError(f"{out} exists already; it was made meanwhile") from error
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -276,6 +233,20 @@ class Checkpoint:
             return PreprocessConfig.from_published(read_json(self.folder / PREPROCESSOR_FILE))
         except (ConfigError, OSError) as error:
             raise CheckpointError(f"{self.folder}: {error}; convert the checkpoint again") from error
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """A short name that two checkpoints share if they were made from the same files in the same way.
+
+        It does not depend on where they lie, on what their source was called or on which versions made them.
+        """
+        made_of = {key: value for key, value in self.provenance.items() if key != "versions"}
+        if made_of.get("files"):
+            made_of.pop("source", None)
+            made_of.pop("base", None)
+        dtypes = {"/".join(path): str(leaf.dtype) for path, leaf in self.stored.items()}
+        parts = [dataclasses.asdict(self.config), made_of, dtypes]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     @functools.cached_property
     def stored(self) -> dict[ParamPath, jax.ShapeDtypeStruct]:

@@ -1,6 +1,6 @@
-"""The command line: parsing of arguments, and what each failure exits with.
+"""The command line: which function each command runs, and what each failure exits with.
 
-Nothing heavy is imported before a command is known, so that `deqa --help` answers at once.
+Nothing heavy is imported before a command is known, so that it answers at once.
 """
 
 import argparse
@@ -9,133 +9,28 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import NoReturn
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-_FAILED, _USAGE, _INTERRUPTED = 1, 2, 130
+from deqa_jax.arguments import USAGE_STATUS, parser
 
+if TYPE_CHECKING:
+    from deqa_jax.scorer import Scorer
 
-class _Parser(argparse.ArgumentParser):
-    """Says where help is to be had."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(_USAGE, f"{self.prog}: {message}\nTry `{self.prog} --help`.\n")
-
-
-def _whole_number(least: int, most: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not text.isdecimal() or not least <= int(text) <= most:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to {most}")
-        return int(text)
-
-    return parse
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="deqa",
-        description="Image quality as a distribution over five words: DeQA-Score in JAX.",
-        epilog="`deqa COMMAND --help` has the options of a command and an example.",
-    )
-    parser.add_argument("--version", action="store_true", help="print the version and exit")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-
-    def command(name: str, summary: str, example: str) -> argparse.ArgumentParser:
-        return commands.add_parser(
-            name,
-            help=summary,
-            description=summary[0].upper() + summary[1:] + ".",
-            epilog=f"example:\n  {example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-
-    score = command(
-        "score", "score images from 1 (bad) to 5 (excellent)", "deqa score photos/ --model M --format jsonl"
-    )
-    score.add_argument(
-        "paths", nargs="+", metavar="PATH", help="image, folder (searched recursively), glob, or - for a list on stdin"
-    )
-    score.add_argument(
-        "--model", required=True, help="converted folder, published folder, or hub id (converted once into a cache)"
-    )
-    score.add_argument(
-        "--batch-size",
-        type=_whole_number(1, 1 << 16),
-        metavar="N",
-        help="images at once (default: 1 on CPU, 32 elsewhere)",
-    )
-    score.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16"),
-        default="auto",
-        help="of matrix products (default: auto, float32 on CPU and bfloat16 elsewhere)",
-    )
-    score.add_argument(
-        "--prompt",
-        choices=("scorer", "eval"),
-        default="scorer",
-        help="which published entry point to follow; their scores differ slightly (default: scorer)",
-    )
-    score.add_argument(
-        "--format", choices=("table", "jsonl", "csv"), default="table", help="of the rows (default: table)"
-    )
-    score.add_argument("--output", type=Path, metavar="F", help="file to write instead of stdout; must not exist")
-
-    convert = command(
-        "convert",
-        "convert a published PyTorch checkpoint, full or LoRA",
-        "deqa convert zhiyuanyou/DeQA-Score-Mix3 M --dtype bfloat16",
-    )
-    convert.add_argument("source", metavar="SRC", help="folder or hub id")
-    convert.add_argument("out", type=Path, metavar="OUT", help="folder to make; must not exist")
-    convert.add_argument("--base", metavar="DIR", help="for a LoRA adapter: the full checkpoint it was trained on")
-    _add_dtype(convert, "what the source stores; weights merged with an adapter are float32")
-
-    export = command("export", "write a converted checkpoint in the published PyTorch format", "deqa export M H")
-    export.add_argument("model", metavar="MODEL", type=Path, help="converted folder")
-    export.add_argument("out", type=Path, metavar="OUT", help="folder to make; must not exist")
-    _add_dtype(export, "what each tensor came with")
-
-    info = command("info", "say what a checkpoint is", "deqa info M")
-    info.add_argument("model", metavar="MODEL", help="converted or published folder")
-
-    init = command(
-        "init",
-        "make a model of random weights, whose scores mean nothing, to try the rest with",
-        "deqa init M --size test",
-    )
-    init.add_argument("out", type=Path, metavar="OUT", help="folder to make; must not exist")
-    init.add_argument(
-        "--size",
-        choices=("test", "small", "mid", "full"),
-        default="test",
-        help="4.4 M to 8.2 B parameters (default: test)",
-    )
-    init.add_argument(
-        "--seed", type=_whole_number(0, (1 << 32) - 1), default=0, metavar="N", help="of the weights (default: 0)"
-    )
-    _add_dtype(init, "float32")
-    return parser
-
-
-def _add_dtype(parser: argparse.ArgumentParser, default: str) -> None:
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help=f"what to store (default: {default})"
-    )
+_FAILED, _INTERRUPTED = 1, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs `deqa`. Exits with 0 on complete success, 1 if something failed, 2 on bad usage."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    whole = parser()
+    options = whole.parse_args(arguments)
     if options.version:
         import importlib.metadata
 
         print(importlib.metadata.version("deqa-jax"))
         sys.exit(0)
     if options.command is None:
-        parser.error("name a command")
+        whole.error("name a command")
     # File names need not be text in any encoding: they are read as they are and written with escapes, which JSON
     # understands too.
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
@@ -146,6 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         status = {
             "score": _score,
+            "infer": _infer,
+            "evaluate": _evaluate,
+            "labels": _labels,
+            "prepare": _prepare,
             "convert": _convert,
             "export": _export,
             "info": _info,
@@ -155,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         status = _fail("interrupted; what was finished is written", _INTERRUPTED)
     except (FileExistsError, NotADirectoryError) as error:
-        status = _fail(_reason(error), _USAGE)
+        status = _fail(_reason(error), USAGE_STATUS)
     except BrokenPipeError:
         # The reader of our output went away (`deqa score … | head`); keep Python from complaining about it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -176,33 +75,21 @@ def _fail(message: str, status: int) -> int:
 
 def _score(options: argparse.Namespace) -> int:
     if options.output is not None and os.path.lexists(options.output):
-        return _fail(f"{options.output} exists already; remove it or choose another name", _USAGE)
+        return _fail(f"{options.output} exists already; remove it or choose another name", USAGE_STATUS)
     if options.output is not None and not options.output.absolute().parent.is_dir():
-        return _fail(f"{options.output}: no such folder to write in; make it first", _USAGE)
+        return _fail(f"{options.output}: no such folder to write in; make it first", USAGE_STATUS)
     from deqa_jax.score_files import UsageError, find_images
 
     try:
         paths = find_images(options.paths, sys.stdin)
     except UsageError as error:
-        return _fail(str(error), _USAGE)
+        return _fail(str(error), USAGE_STATUS)
 
-    from PIL import Image
-
-    from deqa_jax.checkpoint import CheckpointError
-    from deqa_jax.config import ConfigError
-    from deqa_jax.convert.tensors import ConversionError
-    from deqa_jax.prompt import PromptError
     from deqa_jax.score_files import score_files
-    from deqa_jax.scorer import Scorer
 
-    # Pillow refuses what is twice as large as what it warns of; the warning itself helps nobody here.
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-    try:
-        scorer = Scorer.from_pretrained(
-            options.model, dtype=options.dtype, batch_size=options.batch_size, prompt=options.prompt
-        )
-    except (CheckpointError, ConfigError, ConversionError, PromptError) as error:
-        return _fail(str(error), _FAILED)
+    scorer = _open_scorer(options)
+    if isinstance(scorer, str):
+        return _fail(scorer, _FAILED)
     if options.output is None:
         failed = score_files(scorer, paths, sys.stdout, format=options.format)
     else:
@@ -210,6 +97,139 @@ def _score(options: argparse.Namespace) -> int:
             failed = score_files(scorer, paths, output, format=options.format)
     if failed:
         return _fail(f"{failed} of {len(paths)} images could not be scored", _FAILED)
+    return 0
+
+
+def _open_scorer(options: argparse.Namespace) -> "Scorer | str":
+    """The model that the options name, or why there is none."""
+    from PIL import Image
+
+    from deqa_jax.checkpoint import CheckpointError
+    from deqa_jax.config import ConfigError
+    from deqa_jax.convert.tensors import ConversionError
+    from deqa_jax.prompt import PromptError
+    from deqa_jax.scorer import Scorer
+
+    # Pillow refuses what is twice as large as what it warns of; the warning itself helps nobody here.
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    try:
+        return Scorer.from_pretrained(
+            options.model, dtype=options.dtype, batch_size=options.batch_size, prompt=options.prompt
+        )
+    except (CheckpointError, ConfigError, ConversionError, PromptError) as error:
+        return str(error)
+
+
+def _infer(options: argparse.Namespace) -> int:
+    if options.records is not None and options.dataset is None:
+        return _fail("--records goes with --dataset", USAGE_STATUS)
+    if (options.records is None) == (options.root is None):
+        return _fail("say where the images are: --root DIR, or --records DIR for prepared ones", USAGE_STATUS)
+    from deqa_jax.data.datasets import UnknownDatasetError, named
+    from deqa_jax.data.metas import MetaError
+    from deqa_jax.infer import InferenceError, infer, metas_of, sets_of_files, sets_of_records
+
+    try:
+        datasets = [] if options.dataset is None else named(options.dataset)
+        if options.records is not None:
+            sets = sets_of_records(datasets, options.records)
+        else:
+            sets = sets_of_files(options.meta or metas_of(datasets, options.root), options.root)
+        scorer = _open_scorer(options)
+        if isinstance(scorer, str):
+            return _fail(scorer, _FAILED)
+        failed = infer(scorer, sets, options.out)
+    except UnknownDatasetError as error:
+        return _fail(str(error), USAGE_STATUS)
+    except (InferenceError, MetaError) as error:
+        return _fail(str(error), _FAILED)
+    if failed:
+        return _fail(f"images that could not be read: {failed}, listed in {options.out / 'errors.jsonl'}", _FAILED)
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    if len(options.pred) != len(options.gt):
+        return _fail(f"{len(options.pred)} prediction files and {len(options.gt)} metas: give one each", USAGE_STATUS)
+    if options.root is not None and options.report is None:
+        return _fail("--root is for pictures in the report; give --report DIR too", USAGE_STATUS)
+    from deqa_jax.data.metas import MetaError
+    from deqa_jax.evaluate import EvaluationError, as_json, as_table, evaluate, read_predictions
+    from deqa_jax.files import refuse_existing, write_text
+
+    page = None if options.report is None else options.report / "index.html"
+    if page is not None:
+        try:
+            from deqa_jax.report import report_page
+        except ModuleNotFoundError as error:
+            return _fail(f"{error}; reports need an extra: pip install 'deqa-jax[plots]'", _FAILED)
+        refuse_existing(page)
+    try:
+        evaluations = [
+            evaluate(
+                read_predictions(pred, gt, open_set=options.open_set, allow_missing=options.allow_missing),
+                fit=options.fit,
+                resamples=options.bootstrap,
+                seed=options.seed,
+            )
+            for pred, gt in zip(options.pred, options.gt, strict=True)
+        ]
+    except (EvaluationError, MetaError) as error:
+        return _fail(str(error), _FAILED)
+    settings = {name: getattr(options, name) for name in ("open_set", "fit", "bootstrap", "seed")}
+    if options.format == "json":
+        print(as_json(evaluations, settings))
+    else:
+        print(as_table(evaluations, options.format))
+    if page is not None:
+        notes = [f"{name}: {value}" for name, value in settings.items()]
+        write_text(page, report_page(evaluations, notes=notes, root=options.root))
+        print(page, file=sys.stderr)
+    return 0
+
+
+def _labels(options: argparse.Namespace) -> int:
+    def given(*names: str) -> dict[str, Any]:
+        values = {name: getattr(options, name) for name in names}
+        return {name: value for name, value in values.items() if value is not None and value is not False}
+
+    settings, draw = given("image_folder", "density", "scale", "invert"), given("test_ratio", "seed")
+    if options.config is not None and (own := [*settings, *draw, *given("out", "column")]):
+        return _fail(f"--{own[0].replace('_', '-')} goes with --csv; a configuration says all of it", USAGE_STATUS)
+    if options.csv is not None and options.out is None:
+        return _fail("say with --out where train.json and test.json go", USAGE_STATUS)
+    if options.scale is not None and not options.scale[0] < options.scale[1]:
+        return _fail("--scale takes the lowest possible score first, then the highest", USAGE_STATUS)
+    from deqa_jax.config import ConfigError
+    from deqa_jax.data.opinions import OpinionError
+    from deqa_jax.labels import LabelSettings, label_csv, label_published
+
+    try:
+        if options.config is not None:
+            print(label_published(options.config))
+        else:
+            columns = dict(options.column or ())
+            print(label_csv(options.csv, options.out, LabelSettings(**settings), columns=columns, **draw))
+    except (ConfigError, OpinionError) as error:
+        return _fail(str(error), _FAILED)
+    return 0
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    from deqa_jax.data.datasets import UnknownDatasetError, named
+    from deqa_jax.data.metas import MetaError
+
+    try:
+        from deqa_jax.data.tfds_builders import prepare
+    except ModuleNotFoundError as error:
+        return _fail(f"{error}; records need an extra: pip install 'deqa-jax[tfds]'", _FAILED)
+    try:
+        for dataset in named(options.dataset):
+            print(prepare(dataset.name, options.root, options.out))
+    except UnknownDatasetError as error:
+        return _fail(str(error), USAGE_STATUS)
+    except MetaError as error:
+        return _fail(str(error), _FAILED)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import io
 import math
 import os
 from collections.abc import Mapping
@@ -27,7 +28,8 @@ _MAX_SIDE = 1 << 16
 # Pixels that are padded at a time: bounds memory for panoramas, whose square would be enormous.
 _BLOCK_PIXELS = 1 << 24
 
-ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
+ImageLike = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
+"""A path, the content of an image file, a PIL image, or an array."""
 
 
 class ImageError(ValueError):
@@ -100,7 +102,8 @@ def load_square(image: ImageLike, config: PreprocessConfig) -> UInt8[np.ndarray,
     """Reads an image, pads it to a centred square and resizes it.
 
     Args:
-      image: a path, a PIL image of any mode, or a uint8 array `[H, W, 3]` (also `[H, W]`, `[H, W, 1]`, `[H, W, 4]`).
+      image: a path, the bytes of an image file, a PIL image of any mode, or a uint8 array `[H, W, 3]` (also `[H, W]`,
+        `[H, W, 1]`, `[H, W, 4]`).
       config: the checkpoint's preprocessing.
 
     Returns:
@@ -111,15 +114,20 @@ def load_square(image: ImageLike, config: PreprocessConfig) -> UInt8[np.ndarray,
     """
     if isinstance(image, np.ndarray):
         return _square(_from_array(image), config)
-    name = getattr(image, "filename", "") or "an image" if isinstance(image, Image.Image) else os.fspath(image)
     # Decoders raise nearly anything on damaged files; whatever it is, this image cannot be read.
     try:
         if isinstance(image, Image.Image):
             return _square(_to_rgb(image), config)
-        with Image.open(image, formats=_formats()) as opened:
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=_formats()) as opened:
             return _square(_to_rgb(opened), config)
     except Exception as error:
-        raise ImageError(f"{name}: {_reason(name, error)}") from error
+        raise ImageError(f"{_name(image)}: {_reason(image, error)}") from error
+
+
+def _name(image: ImageLike) -> str:
+    if isinstance(image, str | os.PathLike):
+        return os.fspath(image)
+    return getattr(image, "filename", "") or "an image"
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -136,14 +144,15 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
-def _reason(name: str, error: Exception) -> str:
+def _reason(image: ImageLike, error: Exception) -> str:
     match error:
         case FileNotFoundError():
             return "no such file"
         case IsADirectoryError():
             return "is a folder"
         case Image.UnidentifiedImageError():
-            return "not an image (or of an unsupported format)" if Path(name).stat().st_size else "empty file"
+            empty = image == b"" if isinstance(image, bytes) else not Path(_name(image)).stat().st_size
+            return "empty file" if empty else "not an image (or of an unsupported format)"
         case OSError() if error.strerror:
             return error.strerror
     return str(error)

@@ -45,12 +45,14 @@ class Prediction(NamedTuple):
 
 
 class Result(NamedTuple):
-    """One image's score, or the reason why it has none."""
+    """One image's row of a `Prediction`, or the reason why it has none."""
 
     image: ImageLike
     score: float | None = None
     std: float | None = None
     probs: tuple[float, ...] | None = None
+    logits: tuple[float, ...] | None = None
+    open_probs: tuple[float, ...] | None = None
     error: str | None = None
 
 
@@ -62,6 +64,8 @@ class Scorer:
     Attributes:
       batch_size: images that go through the model at once; a short batch is padded.
       dtype: of parameters and matrix products.
+      prompt: `scorer` or `eval`.
+      identity: of the checkpoint; see `Checkpoint.identity`.
 
     Example:
       >>> scorer = Scorer.from_pretrained("model")  # doctest: +SKIP
@@ -95,6 +99,8 @@ class Scorer:
         if dtype == "auto":
             dtype = "float32" if device.platform == "cpu" else "bfloat16"
         self.dtype = dtype
+        self.prompt = prompt
+        self.identity = checkpoint.identity
         self.batch_size = batch_size or _BATCH_SIZES.get(device.platform, _ACCELERATOR_BATCH_SIZE)
         self._device = device
         self._preprocess = checkpoint.preprocess()
@@ -135,7 +141,8 @@ class Scorer:
         """Everything the model says of images.
 
         Args:
-          images: paths, PIL images of any mode, uint8 arrays `[H, W, 3]`, in any mixture of kinds and sizes.
+          images: paths, bytes of image files, PIL images of any mode, uint8 arrays `[H, W, 3]`, in any mixture of
+            kinds and sizes.
           open_set: whether to return probabilities in the whole vocabulary as well.
           hidden: whether to return the last hidden state as well.
 
@@ -145,7 +152,7 @@ class Scorer:
         Raises:
           ImageError: an image cannot be read; the message names it.
         """
-        if isinstance(images, str | os.PathLike | np.ndarray) or not len(images):
+        if isinstance(images, str | os.PathLike | bytes | np.ndarray) or not len(images):
             raise ValueError("images is a list of at least one image; for a single one write [image]")
         parts = []
         for items, prediction in self._batches(images, open_set=open_set, hidden=hidden):
@@ -156,20 +163,22 @@ class Scorer:
         fields = zip(*(part for part in parts if part is not None), strict=True)
         return Prediction(*(None if field[0] is None else np.concatenate(field) for field in fields))
 
-    def stream(self, images: Iterable[ImageLike]) -> Iterator[Result]:
+    def stream(self, images: Iterable[ImageLike], *, open_set: bool = False) -> Iterator[Result]:
         """Scores any number of images, in order, as they come; an image that cannot be read gets its `error`.
 
-        Decoding runs in threads beside the model, a few batches ahead.
+        Decoding runs in threads beside the model, a few batches ahead. `open_set` is that of `predict`.
         """
-        for items, prediction in self._batches(images):
+        for items, prediction in self._batches(images, open_set=open_set):
             row = 0
             for image, pixels in items:
                 if isinstance(pixels, ImageError):
                     yield Result(image, error=str(pixels))
                     continue
                 assert prediction is not None  # there is a row for every image that could be read
-                probs = tuple(float(p) for p in prediction.probs[row])
-                yield Result(image, float(prediction.score[row]), float(prediction.std[row]), probs)
+                score, std = float(prediction.score[row]), float(prediction.std[row])
+                levels = (prediction.probs, prediction.logits, prediction.open_probs)
+                probs, logits, open_probs = (None if x is None else tuple(x[row].tolist()) for x in levels)
+                yield Result(image, score, std, probs, logits, open_probs)
                 row += 1
 
     def predict_pixels(self, pixels: UInt8[Array, "B H W 3"], *, open_set: bool = False) -> Prediction:

@@ -19,13 +19,12 @@ from deqa_jax.checkpoint import (
     CheckpointError,
     flatten,
     is_checkpoint,
-    new_folder,
     parameter_shapes,
-    read_json,
     unflatten,
     write_checkpoint,
 )
-from deqa_jax.config import PRESETS, ConfigError
+from deqa_jax.config import PRESETS
+from deqa_jax.files import new_folder
 
 TEST = PRESETS["test"]
 TINY = dataclasses.replace(
@@ -361,81 +360,6 @@ def test_a_parameter_too_many_or_too_few_is_named(arrays, side_files, tmp_path):
         folder = write(tmp_path / name, leaves, side_files)
         with pytest.raises(CheckpointError, match=wrong):
             Checkpoint.open(folder).restore()
-
-
-def test_reading_json_names_the_file(tmp_path):
-    with pytest.raises(ConfigError, match=r"x\.json: no such file"):
-        read_json(tmp_path / "x.json")
-    (tmp_path / "x.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"x\.json: not JSON"):
-        read_json(tmp_path / "x.json")
-    (tmp_path / "x.json").write_text("3")
-    with pytest.raises(ConfigError, match=r"x\.json: not a JSON object"):
-        read_json(tmp_path / "x.json")
-
-
-# ---- folders that appear when complete --------------------------------------------------------------------
-
-
-def test_a_new_folder_appears_when_it_is_complete(tmp_path):
-    out = tmp_path / "deep" / "down" / "M"
-    with new_folder(out) as temporary:
-        (temporary / "x").write_text("content")
-        assert not out.exists()
-        inode = temporary.stat().st_ino
-    assert out.stat().st_ino == inode  # renamed, not copied
-    assert (out / "x").read_text() == "content"
-    assert list(out.parent.iterdir()) == [out]
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_a_failure_leaves_nothing(error, tmp_path):
-    def fail():
-        with new_folder(tmp_path / "M") as temporary:
-            (temporary / "x").write_text("content")
-            raise error
-
-    with pytest.raises(error):
-        fail()
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("kind", ["file", "folder"])
-def test_what_exists_is_refused_and_left_alone(kind, tmp_path):
-    out = tmp_path / "M"
-    if kind == "folder":
-        out.mkdir()
-    else:
-        out.write_text("mine")
-    with pytest.raises(FileExistsError, match="M exists already; remove it"), new_folder(out):
-        pytest.fail("the block must not run")
-    assert list(tmp_path.iterdir()) == [out]
-    assert kind == "folder" or out.read_text() == "mine"
-
-
-def test_what_appears_meanwhile_is_refused_and_left_alone(tmp_path):
-    out = tmp_path / "M"
-
-    def race():
-        with new_folder(out):
-            out.mkdir()
-            (out / "x").write_text("of another process")
-
-    with pytest.raises(FileExistsError, match="M exists already"):
-        race()
-    assert [path.name for path in tmp_path.iterdir()] == ["M"]
-    assert (out / "x").read_text() == "of another process"
-
-
-def test_remains_of_a_killed_process_are_swept_away(tmp_path):
-    with new_folder(tmp_path / "M") as temporary:
-        name = temporary.name
-    shutil.rmtree(tmp_path / "M")
-    (tmp_path / name).mkdir()
-    (tmp_path / name / "old").write_text("")
-    with new_folder(tmp_path / "M"):
-        pass
-    assert list(tmp_path.rglob("*")) == [tmp_path / "M"]
 
 
 # ---- trees ------------------------------------------------------------------------------------------------

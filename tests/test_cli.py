@@ -20,7 +20,7 @@ from deqa_jax.cli import main
 from deqa_jax.prompt import LEVELS
 from deqa_jax.scorer import Scorer
 
-COMMANDS = ("score", "convert", "export", "info", "init")
+COMMANDS = ("score", "infer", "evaluate", "labels", "prepare", "convert", "export", "info", "init")
 UNREADABLE = {"empty.png", "not_an_image.jpg", "truncated.jpg"}
 
 

@@ -1,0 +1,307 @@
+"""What the command line takes: every command, its options, and an example of each.
+
+Nothing heavy is imported here, so that `deqa --help` answers at once.
+"""
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+USAGE_STATUS = 2
+"""What bad usage exits with."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says where help is to be had."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE_STATUS, f"{self.prog}: {message}\nTry `{self.prog} --help`.\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of `deqa`; the command is in `command`, None if none was given."""
+    whole = _Parser(
+        prog="deqa",
+        description="Image quality as a distribution over five words: DeQA-Score in JAX.",
+        epilog="`deqa COMMAND --help` has the options of a command and an example.",
+    )
+    whole.add_argument("--version", action="store_true", help="print the version and exit")
+    commands = whole.add_subparsers(dest="command", metavar="COMMAND")
+
+    def command(name: str, summary: str, example: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    _score(
+        command("score", "score images from 1 (bad) to 5 (excellent)", "deqa score photos/ --model M --format jsonl")
+    )
+    _infer(
+        command(
+            "infer",
+            "predict whole datasets into files that `deqa evaluate` reads; a stopped run goes on where it was",
+            "deqa infer --model M --dataset koniq,spaq --root Data-DeQA-Score --out results",
+        )
+    )
+    _evaluate(
+        command(
+            "evaluate",
+            "compare predictions with human opinion: SRCC and PLCC, KL, JS and Wasserstein",
+            "deqa evaluate --pred results/test_koniq_2k.json --gt Data-DeQA-Score/KONIQ/metas/test_koniq_2k.json",
+        )
+    )
+    _labels(
+        command(
+            "labels",
+            "make training and test metas with soft labels from opinion scores",
+            "deqa labels --csv scores.csv --scale 0 100 --out metas",
+        )
+    )
+    _prepare(
+        command(
+            "prepare",
+            "put published datasets into TFDS records (needs the extra `tfds`)",
+            "deqa prepare --dataset koniq,spaq --root Data-DeQA-Score --out records",
+        )
+    )
+    _convert(
+        command(
+            "convert",
+            "convert a published PyTorch checkpoint, full or LoRA",
+            "deqa convert zhiyuanyou/DeQA-Score-Mix3 M --dtype bfloat16",
+        )
+    )
+    _export(command("export", "write a converted checkpoint in the published PyTorch format", "deqa export M H"))
+    info = command("info", "say what a checkpoint is", "deqa info M")
+    info.add_argument("model", metavar="MODEL", help="converted or published folder")
+    _init(
+        command(
+            "init",
+            "make a model of random weights, whose scores mean nothing, to try the rest with",
+            "deqa init M --size test",
+        )
+    )
+    return whole
+
+
+# ---- kinds of values --------------------------------------------------------------------------------------
+
+
+def _whole_number(least: int, most: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isdecimal() or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to {most}")
+        return int(text)
+
+    return parse
+
+
+_seed = _whole_number(0, (1 << 32) - 1)
+
+
+def _number(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+    return number
+
+
+def _share(text: str) -> float:
+    if not 0 <= (number := _number(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return number
+
+
+def _column(text: str) -> tuple[str, str]:
+    column, equals, name = text.partition("=")
+    if column not in ("image", "mos", "std", "split", "reference") or not equals or not name:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not image, mos, std, split or reference, an equals sign and the name in the file"
+        )
+    return column, name
+
+
+# ---- options ----------------------------------------------------------------------------------------------
+
+
+def _add_model(command: argparse.ArgumentParser, prompt: str) -> None:
+    command.add_argument(
+        "--model", required=True, help="converted folder, published folder, or hub id (converted once into a cache)"
+    )
+    command.add_argument(
+        "--batch-size",
+        type=_whole_number(1, 1 << 16),
+        metavar="N",
+        help="images at once (default: 1 on CPU, 32 elsewhere)",
+    )
+    command.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="of matrix products (default: auto, float32 on CPU and bfloat16 elsewhere)",
+    )
+    command.add_argument(
+        "--prompt",
+        choices=("scorer", "eval"),
+        default=prompt,
+        help=f"which published entry point to follow; their scores differ slightly (default: {prompt})",
+    )
+
+
+def _score(score: argparse.ArgumentParser) -> None:
+    score.add_argument(
+        "paths", nargs="+", metavar="PATH", help="image, folder (searched recursively), glob, or - for a list on stdin"
+    )
+    _add_model(score, prompt="scorer")
+    score.add_argument(
+        "--format", choices=("table", "jsonl", "csv"), default="table", help="of the rows (default: table)"
+    )
+    score.add_argument("--output", type=Path, metavar="F", help="file to write instead of stdout; must not exist")
+
+
+def _infer(infer: argparse.ArgumentParser) -> None:
+    _add_model(infer, prompt="eval")
+    which = infer.add_mutually_exclusive_group(required=True)
+    which.add_argument("--meta", nargs="+", type=Path, metavar="F", help="JSON lists of images")
+    which.add_argument(
+        "--dataset",
+        metavar="NAMES",
+        help="test sets with a comma between: koniq, spaq, kadid, pipal, livew, agiqa, tid2013, csiq",
+    )
+    infer.add_argument("--root", type=Path, metavar="DIR", help="folder that image names start from")
+    infer.add_argument(
+        "--records", type=Path, metavar="DIR", help="with --dataset: what `deqa prepare` made, in place of --root"
+    )
+    infer.add_argument(
+        "--out",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="folder of prediction files, each with the name of its metas; goes on with those that are there",
+    )
+
+
+def _evaluate(evaluate: argparse.ArgumentParser) -> None:
+    evaluate.add_argument("--pred", required=True, nargs="+", type=Path, metavar="F", help="prediction files")
+    evaluate.add_argument(
+        "--gt", required=True, nargs="+", type=Path, metavar="F", help="their metas, in the same order"
+    )
+    evaluate.add_argument(
+        "--open-set", action="store_true", help="use the levels' probabilities in the whole vocabulary"
+    )
+    evaluate.add_argument(
+        "--fit",
+        choices=("4", "5", "none"),
+        default="4",
+        help="parameters of the logistic curve between predictions and opinions (default: 4)",
+    )
+    evaluate.add_argument(
+        "--bootstrap",
+        type=_whole_number(0, 1_000_000),
+        default=1000,
+        metavar="N",
+        help="resamples behind the 95 %% intervals; 0 for none (default: 1000)",
+    )
+    evaluate.add_argument("--seed", type=_seed, default=0, metavar="N", help="of the resamples (default: 0)")
+    evaluate.add_argument(
+        "--allow-missing", action="store_true", help="leave out images without a prediction, instead of failing"
+    )
+    formats = evaluate.add_mutually_exclusive_group()
+    for format in ("json", "markdown", "latex"):
+        formats.add_argument(
+            f"--{format}", action="store_const", const=format, dest="format", help=f"print {format}, not a table"
+        )
+    evaluate.set_defaults(format="table")
+    evaluate.add_argument(
+        "--report", type=Path, metavar="DIR", help="also write DIR/index.html with plots (needs the extra `plots`)"
+    )
+    evaluate.add_argument(
+        "--root", type=Path, metavar="DIR", help="folder that image names start from, for pictures in the report"
+    )
+
+
+def _labels(labels: argparse.ArgumentParser) -> None:
+    source = labels.add_mutually_exclusive_group(required=True)
+    source.add_argument("--config", type=Path, metavar="F", help="published JSON configuration; needs nothing else")
+    source.add_argument(
+        "--csv", type=Path, metavar="F", help="table with columns image, mos and, if known, std, split, reference"
+    )
+    own = labels.add_argument_group("with --csv")
+    own.add_argument("--out", type=Path, metavar="DIR", help="folder for train.json and test.json")
+    own.add_argument(
+        "--column",
+        type=_column,
+        action="append",
+        metavar="COLUMN=NAME",
+        help="what a column is called in the file, for example mos=MOS; may be repeated",
+    )
+    own.add_argument("--image-folder", metavar="DIR", help="written in front of image names")
+    own.add_argument(
+        "--scale",
+        nargs=2,
+        type=_number,
+        metavar=("LOW", "HIGH"),
+        help="lowest and highest possible score (default: those that occur)",
+    )
+    own.add_argument("--invert", action="store_true", help="low scores are good (DMOS)")
+    own.add_argument(
+        "--density",
+        choices=("pdf", "cdf", "none"),
+        help="how deviations become levels: pdf as for KonIQ and KADID, cdf as for SPAQ (small deviations), "
+        "none for the two neighbouring levels only, as where std is missing (default: pdf)",
+    )
+    own.add_argument(
+        "--test-ratio",
+        type=_share,
+        metavar="R",
+        help="without a split column: share of images to test on, all of one reference together (default: 0.2)",
+    )
+    own.add_argument("--seed", type=_seed, metavar="N", help="of that split (default: 0)")
+
+
+def _prepare(prepare: argparse.ArgumentParser) -> None:
+    prepare.add_argument("--dataset", required=True, metavar="NAMES", help="names with a comma between")
+    prepare.add_argument(
+        "--root", required=True, type=Path, metavar="DIR", help="folder with the datasets' folders (KONIQ, SPAQ, …)"
+    )
+    prepare.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of records")
+
+
+def _convert(convert: argparse.ArgumentParser) -> None:
+    convert.add_argument("source", metavar="SRC", help="folder or hub id")
+    convert.add_argument("out", type=Path, metavar="OUT", help="folder to make; must not exist")
+    convert.add_argument("--base", metavar="DIR", help="for a LoRA adapter: the full checkpoint it was trained on")
+    _add_stored_dtype(convert, "what the source stores; weights merged with an adapter are float32")
+
+
+def _export(export: argparse.ArgumentParser) -> None:
+    export.add_argument("model", metavar="MODEL", type=Path, help="converted folder")
+    export.add_argument("out", type=Path, metavar="OUT", help="folder to make; must not exist")
+    _add_stored_dtype(export, "what each tensor came with")
+
+
+def _init(init: argparse.ArgumentParser) -> None:
+    init.add_argument("out", type=Path, metavar="OUT", help="folder to make; must not exist")
+    init.add_argument(
+        "--size",
+        choices=("test", "small", "mid", "full"),
+        default="test",
+        help="4.4 M to 8.2 B parameters (default: test)",
+    )
+    init.add_argument("--seed", type=_seed, default=0, metavar="N", help="of the weights (default: 0)")
+    _add_stored_dtype(init, "float32")
+
+
+def _add_stored_dtype(command: argparse.ArgumentParser, default: str) -> None:
+    command.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help=f"what to store (default: {default})"
+    )

@@ -1,0 +1,83 @@
+"""Files that are whole or not there, and JSON read with errors that name the file."""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from deqa_jax.config import ConfigError
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises `ConfigError` or `OSError` naming the file."""
+    value = read_json_value(path)
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: not a JSON object")
+    return value
+
+
+def read_json_value(path: Path) -> Any:
+    """Any JSON value from a file. Raises `ConfigError` or `OSError` naming the file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such file") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not JSON ({error})") from error
+
+
+def first_of(problems: Sequence[str], shown: int = 10) -> str:
+    """Problems a line each, the first few of many.
+
+    >>> print(first_of(["a.json: no id", "a.json: no image", "b.json: empty"], shown=2))
+    a.json: no id
+    a.json: no image
+    … and 1 more
+    """
+    more = [f"… and {len(problems) - shown} more"] if len(problems) > shown else []
+    return "\n".join([*problems[:shown], *more])
+
+
+def refuse_existing(out: Path) -> None:
+    """Raises `FileExistsError` if `out` is there: called before long work whose result could not be kept."""
+    if os.path.lexists(out):
+        raise FileExistsError(f"{out} exists already; remove it or choose another name")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Puts `text` in a file, replacing it; whoever reads the file, or finds it after a crash, finds all or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    try:
+        # What is no text in any encoding (file names may not be) is written with escapes, which JSON understands too.
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to fill under a temporary name, which becomes `out` when the block ends well and vanishes if not.
+
+    Raises:
+      FileExistsError: `out` is there already.
+    """
+    refuse_existing(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.parent / f".{out.name}.{os.getpid()}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        try:
+            os.rename(temporary, out)
+        except OSError as error:
+            if out.exists():
+                raise FileExistsError(f"{out} exists already; it was made meanwhile") from error
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

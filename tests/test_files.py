@@ -1,0 +1,127 @@
+"""Files that are whole or not there."""
+
+import os
+import shutil
+
+import pytest
+
+from deqa_jax.config import ConfigError
+from deqa_jax.files import new_folder, read_json, read_json_value, refuse_existing, write_text
+
+
+def test_reading_json_names_the_file(tmp_path):
+    with pytest.raises(ConfigError, match=r"x\.json: no such file"):
+        read_json(tmp_path / "x.json")
+    (tmp_path / "x.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"x\.json: not JSON"):
+        read_json(tmp_path / "x.json")
+    (tmp_path / "x.json").write_text("3")
+    with pytest.raises(ConfigError, match=r"x\.json: not a JSON object"):
+        read_json(tmp_path / "x.json")
+
+
+# ---- folders that appear when complete --------------------------------------------------------------------
+
+
+def test_a_new_folder_appears_when_it_is_complete(tmp_path):
+    out = tmp_path / "deep" / "down" / "M"
+    with new_folder(out) as temporary:
+        (temporary / "x").write_text("content")
+        assert not out.exists()
+        inode = temporary.stat().st_ino
+    assert out.stat().st_ino == inode  # renamed, not copied
+    assert (out / "x").read_text() == "content"
+    assert list(out.parent.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_failure_leaves_nothing(error, tmp_path):
+    def fail():
+        with new_folder(tmp_path / "M") as temporary:
+            (temporary / "x").write_text("content")
+            raise error
+
+    with pytest.raises(error):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_exists_is_refused_and_left_alone(kind, tmp_path):
+    out = tmp_path / "M"
+    if kind == "folder":
+        out.mkdir()
+    else:
+        out.write_text("mine")
+    with pytest.raises(FileExistsError, match="M exists already; remove it"), new_folder(out):
+        pytest.fail("the block must not run")
+    assert list(tmp_path.iterdir()) == [out]
+    assert kind == "folder" or out.read_text() == "mine"
+
+
+def test_what_appears_meanwhile_is_refused_and_left_alone(tmp_path):
+    out = tmp_path / "M"
+
+    def race():
+        with new_folder(out):
+            out.mkdir()
+            (out / "x").write_text("of another process")
+
+    with pytest.raises(FileExistsError, match="M exists already"):
+        race()
+    assert [path.name for path in tmp_path.iterdir()] == ["M"]
+    assert (out / "x").read_text() == "of another process"
+
+
+def test_remains_of_a_killed_process_are_swept_away(tmp_path):
+    with new_folder(tmp_path / "M") as temporary:
+        name = temporary.name
+    shutil.rmtree(tmp_path / "M")
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "old").write_text("")
+    with new_folder(tmp_path / "M"):
+        pass
+    assert list(tmp_path.rglob("*")) == [tmp_path / "M"]
+
+
+# ---- files ------------------------------------------------------------------------------------------------
+
+
+def test_any_json_value_can_be_read(tmp_path):
+    (tmp_path / "x.json").write_text("[1, 2]")
+    assert read_json_value(tmp_path / "x.json") == [1, 2]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1,", "[" * 100_000, "\udc80"])
+def test_what_is_no_json_is_said_to_be_none(content, tmp_path):
+    (tmp_path / "x.json").write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ConfigError, match=r"x\.json: not JSON"):
+        read_json_value(tmp_path / "x.json")
+
+
+def test_a_dangling_link_exists_too(tmp_path):
+    (tmp_path / "x").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(FileExistsError, match="x exists already"):
+        refuse_existing(tmp_path / "x")
+
+
+def test_text_replaces_a_file_whole_and_leaves_nothing_beside_it(tmp_path):
+    path = tmp_path / "deep" / "x.json"
+    write_text(path, "one")
+    write_text(path, "zwei é\udcff")
+    assert path.read_bytes() == "zwei é\\udcff".encode()
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_text_that_cannot_be_written_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "x.json"
+    write_text(path, "old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space"):
+        write_text(path, "new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
