@@ -13,13 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from deqa_jax.checkpoint import parameter_shapes
 from deqa_jax.config import PRESETS, DeqaConfig, to_published
 from deqa_jax.convert.hf import write_published
 from deqa_jax.convert.names import rules_for
 from deqa_jax.convert.progress import progress_bar
 from deqa_jax.convert.tensors import Tensor
 from deqa_jax.files import new_folder
+from deqa_jax.parameters import parameter_shapes
 from deqa_jax.random_model import random_side_files
 
 _SHARD_BYTES = 2 << 30

@@ -5,8 +5,9 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from deqa_jax.checkpoint import Checkpoint, is_checkpoint, parameter_shapes
+from deqa_jax.checkpoint import Checkpoint, is_checkpoint
 from deqa_jax.config import DeqaConfig
+from deqa_jax.parameters import parameter_shapes
 
 from .hf import open_published
 from .names import account

@@ -17,7 +17,8 @@ from .tensors import FLOAT_DTYPES, ConversionError, Tensor
 ADAPTER_CONFIG = "adapter_config.json"
 _TRAINED_FILES = ("non_lora_trainables.safetensors", "non_lora_trainables.bin")
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
+"""In front of every name in an adapter's files."""
 # Settings that would change the mathematics: absent, empty, or exactly this.
 _FIXED: dict[str, Any] = {
     "peft_type": "LORA",
@@ -54,7 +55,7 @@ def merge_adapter(folder: Path, base: Published | None, problems: list[str]) -> 
         return None
     tensors = dict(base.tensors)
     for key, tensor in trained.items():
-        name = key.removeprefix(_PREFIX)
+        name = key.removeprefix(PREFIX)
         if name not in base.tensors:
             problems.append(f"{trained_file.name}: {key} is not a tensor of the base checkpoint")
         tensors[name] = tensor
@@ -105,7 +106,7 @@ def _pairs(adapter: Mapping[str, Tensor], file: str, problems: list[str]) -> dic
     """The matrices A and B of every adapted layer, by its name in the base checkpoint."""
     pairs: dict[str, dict[str, Tensor]] = {}
     for key, tensor in adapter.items():
-        module, found, rest = key.removeprefix(_PREFIX).partition(".lora_")
+        module, found, rest = key.removeprefix(PREFIX).partition(".lora_")
         side = rest.removesuffix(".weight").removesuffix(".default")
         if not found or side not in ("A", "B"):
             problems.append(f"{file}: {key} is no LoRA matrix of a dense layer")

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from deqa_jax.checkpoint import is_checkpoint, parameter_shapes, write_checkpoint
+from deqa_jax.checkpoint import is_checkpoint, write_checkpoint
 from deqa_jax.files import new_folder, refuse_existing
+from deqa_jax.parameters import parameter_shapes
 
 from .hf import Published, open_published, side_files
 from .names import Rule, account, rules_for

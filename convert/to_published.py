@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from deqa_jax.checkpoint import Checkpoint, ParamPath
+from deqa_jax.checkpoint import Checkpoint
 from deqa_jax.config import to_published
 from deqa_jax.files import new_folder, refuse_existing
 from deqa_jax.model.llama import rotary_frequencies
+from deqa_jax.parameters import ParamPath
 
 from .hf import side_files, write_published
 from .names import ROTARY_FREQUENCIES, Rule, rules_for

@@ -63,6 +63,13 @@ def parser() -> argparse.ArgumentParser:
             "deqa labels --csv scores.csv --scale 0 100 --out metas",
         )
     )
+    _train(
+        command(
+            "train",
+            "train on metas, full or LoRA, from a YAML configuration; a stopped run goes on where it was",
+            "deqa train --config_path configs/finetune_lora.yaml --model M --optimizer.learning_rate 5e-5",
+        )
+    )
     _prepare(
         command(
             "prepare",
@@ -268,6 +275,13 @@ def _labels(labels: argparse.ArgumentParser) -> None:
     own.add_argument("--seed", type=_seed, metavar="N", help="of that split (default: 0)")
 
 
+def _train(train: argparse.ArgumentParser) -> None:
+    train.add_argument("--config_path", required=True, type=Path, metavar="F", help="YAML configuration of the run")
+    # The parser of the configuration takes what this one does not know; see `cli.main`.
+    train.usage = "deqa train [-h] --config_path F [--ENTRY VALUE ...]"
+    train.description = f"{train.description} Any entry can be given here too, with a dot between levels."
+
+
 def _prepare(prepare: argparse.ArgumentParser) -> None:
     prepare.add_argument("--dataset", required=True, metavar="NAMES", help="names with a comma between")
     prepare.add_argument(
@@ -286,7 +300,10 @@ def _convert(convert: argparse.ArgumentParser) -> None:
 def _export(export: argparse.ArgumentParser) -> None:
     export.add_argument("model", metavar="MODEL", type=Path, help="converted folder")
     export.add_argument("out", type=Path, metavar="OUT", help="folder to make; must not exist")
-    _add_stored_dtype(export, "what each tensor came with")
+    export.add_argument(
+        "--adapter", action="store_true", help="of a LoRA run: write the adapters for PEFT; without it they are merged"
+    )
+    _add_stored_dtype(export, "what each tensor came with; float32 for what was trained")
 
 
 def _init(init: argparse.ArgumentParser) -> None:

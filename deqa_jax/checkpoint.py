@@ -5,17 +5,18 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import jax
 import numpy as np
-from flax import nnx
 
-from deqa_jax.config import ConfigError, DeqaConfig, Execution
+from deqa_jax import lora
+from deqa_jax.config import ConfigError, DeqaConfig
 from deqa_jax.files import read_json
-from deqa_jax.model.deqa import Deqa
+from deqa_jax.lora import LoraConfig
+from deqa_jax.parameters import Leaves, ParamPath, flatten, parameter_shapes, unflatten
 from deqa_jax.preprocess import PreprocessConfig
 from deqa_jax.prompt import Tokenizer
 
@@ -37,10 +38,6 @@ _FORMAT = "deqa-jax"
 _VERSION = 1
 # Written in pieces of this size: less memory to write, and a sharded restore reads only what it needs.
 _CHUNK_BYTES = 64 << 20
-
-ParamPath = tuple[str, ...]
-Leaves = dict[ParamPath, Any]
-"""Parameters by path: `("language", "layers", "query", "kernel")` -> array."""
 
 
 class CheckpointError(ValueError):
@@ -70,44 +67,6 @@ def is_checkpoint(folder: Path) -> bool:
         return False
 
 
-def abstract_model(config: DeqaConfig, execution: Execution = Execution()) -> Deqa:
-    """The model with shapes in place of arrays."""
-    return nnx.eval_shape(lambda: Deqa(config, execution=execution, rngs=nnx.Rngs(0)))
-
-
-def flatten(tree: Mapping[str, Any]) -> Leaves:
-    """Nested dicts to a flat one with paths for keys.
-
-    >>> flatten({"a": {"b": 1}})
-    {('a', 'b'): 1}
-    """
-    flat: Leaves = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= {(key, *path): leaf for path, leaf in flatten(value).items()}
-        else:
-            flat[(key,)] = value
-    return flat
-
-
-def unflatten(leaves: Mapping[tuple[Any, ...], Any]) -> dict[Any, Any]:
-    """The inverse of `flatten`."""
-    tree: dict[Any, Any] = {}
-    for path, leaf in leaves.items():
-        node = tree
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = leaf
-    return tree
-
-
-@functools.cache
-def parameter_shapes(config: DeqaConfig) -> dict[ParamPath, tuple[int, ...]]:
-    """Shape of every parameter of a model, by path."""
-    state = nnx.to_pure_dict(nnx.state(abstract_model(config)))
-    return {path: leaf.shape for path, leaf in flatten(state).items()}
-
-
 # ---- writing ----------------------------------------------------------------------------------------------
 
 
@@ -119,6 +78,7 @@ def write_checkpoint(
     side_files: Mapping[str, bytes],
     published_config: Mapping[str, Any] | None,
     provenance: Mapping[str, Any],
+    adapter: "Adapter | None" = None,
     progress: Callable[[int], object] = lambda done: None,
 ) -> None:
     """Fills an empty folder (see `new_folder`) with a checkpoint, one parameter in memory at a time.
@@ -126,10 +86,11 @@ def write_checkpoint(
     Args:
       folder: where to write.
       config: the model's.
-      leaves: every parameter of the model.
+      leaves: every parameter of the model; of an adapter, those that were trained.
       side_files: contents of the tokenizer and preprocessor files.
       published_config: the `config.json` that the checkpoint came with, kept for `deqa export`.
       provenance: where it comes from.
+      adapter: what the parameters belong on, if they are not all of the model's.
       progress: called with the bytes of each parameter written.
     """
     _save_params(folder / PARAMS_FOLDER, leaves, progress)
@@ -141,6 +102,9 @@ def write_checkpoint(
         "model": dataclasses.asdict(config),
         "published": published_config,
     }
+    if adapter is not None:
+        base = {"folder": str(adapter.base.folder.absolute()), "identity": adapter.base.identity}
+        written["adapter"] = {"base": base, "lora": adapter.lora and dataclasses.asdict(adapter.lora)}
     (folder / CONFIG_FILE).write_text(json.dumps(written, indent=2) + "\n")
     (folder / PROVENANCE_FILE).write_text(json.dumps(provenance, indent=2) + "\n")
 
@@ -180,20 +144,38 @@ def _save_params(path: Path, leaves: Mapping[ParamPath, Leaf], progress: Callabl
 
 
 @dataclasses.dataclass(frozen=True)
+class Adapter:
+    """What a checkpoint of trained parameters alone belongs on.
+
+    Attributes:
+      base: has every parameter that was not trained.
+      lora: the adapters' settings; None if none were trained.
+    """
+
+    base: "Checkpoint"
+    lora: LoraConfig | None
+
+
+@dataclasses.dataclass(frozen=True)
 class Checkpoint:
     """A converted checkpoint, opened; parameters are read when asked for.
+
+    One of trained parameters alone reads like a whole one: what is not in it comes from its base, and low-rank adapters
+    are added to their kernels.
 
     Attributes:
       folder: where it lies.
       config: the model's.
       published_config: the `config.json` of the published checkpoint it came from, if it did.
       provenance: what `provenance.json` says.
+      adapter: what it belongs on, if it has trained parameters alone.
     """
 
     folder: Path
     config: DeqaConfig
     published_config: dict[str, Any] | None
     provenance: dict[str, Any]
+    adapter: Adapter | None = None
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> "Checkpoint":
@@ -221,7 +203,10 @@ class Checkpoint:
         missing = [name for name in (PARAMS_FOLDER, *SIDE_FILES[:2]) if not (folder / name).exists()]
         if missing:
             raise CheckpointError(f"{folder}: {', '.join(missing)} missing; convert the checkpoint again")
-        return cls(folder, config, written.get("published"), provenance)
+        adapter = _open_adapter(folder, written["adapter"]) if written.get("adapter") else None
+        if adapter is not None and adapter.base.config != config:
+            raise CheckpointError(f"{folder}: its base {adapter.base.folder} is another model")
+        return cls(folder, config, written.get("published"), provenance, adapter)
 
     def tokenizer(self) -> Tokenizer:
         """The checkpoint's tokenizer."""
@@ -250,11 +235,21 @@ class Checkpoint:
 
     @functools.cached_property
     def stored(self) -> dict[ParamPath, jax.ShapeDtypeStruct]:
-        """Shape and dtype of every stored parameter, by path.
+        """Shape and dtype of every parameter of the model, by path.
 
         Raises:
           CheckpointError: they cannot be read, or are not the parameters of this model.
         """
+        stored = {path: leaf for path, leaf in self.own.items() if path[-1] not in (lora.A, lora.B)}
+        if self.adapter is not None:
+            stored = {**self.adapter.base.stored, **stored}
+            for path in self._adapted:
+                stored[path] = jax.ShapeDtypeStruct(stored[path].shape, np.float32)
+        return stored
+
+    @functools.cached_property
+    def own(self) -> dict[ParamPath, jax.ShapeDtypeStruct]:
+        """The same of what lies in this folder, adapters included."""
         import orbax.checkpoint as ocp
 
         try:
@@ -262,30 +257,66 @@ class Checkpoint:
                 metadata = checkpointer.metadata(self._params).item_metadata
             if metadata is None:
                 raise ValueError("its description is missing")
-            stored = {
-                path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in flatten(metadata.tree).items()
-            }
+            own = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in flatten(metadata.tree).items()}
         except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{self._params}: damaged ({error}); convert the checkpoint again") from error
+            raise CheckpointError(f"{self._params}: damaged ({error}); {self._remedy}") from error
         shapes = parameter_shapes(self.config)
-        wrong = sorted("/".join(path) for path in shapes.keys() ^ stored.keys())
-        wrong += ["/".join(path) for path in shapes.keys() & stored.keys() if shapes[path] != stored[path].shape]
+        required = shapes.keys()
+        if self.adapter is not None:
+            adapters = lora.adapter_shapes(shapes, self.adapter.lora) if self.adapter.lora else {}
+            shapes, required = {**shapes, **adapters}, adapters.keys()
+        wrong = {"/".join(path) for path in (own.keys() - shapes.keys()) | (required - own.keys())}
+        wrong |= {"/".join(path) for path in shapes.keys() & own.keys() if shapes[path] != own[path].shape}
         if wrong:
-            raise CheckpointError(f"{self.folder}: {', '.join(wrong)} do not fit its {CONFIG_FILE}; convert it again")
-        return stored
+            raise CheckpointError(
+                f"{self.folder}: {', '.join(sorted(wrong))} do not fit its {CONFIG_FILE}; {self._remedy}"
+            )
+        return own
 
-    def restore(self, dtype: str | None = None, *, device: jax.Device | None = None) -> Leaves:
-        """Reads all parameters.
+    def restore(
+        self, dtype: str | None = None, *, device: jax.Device | None = None, only: Collection[ParamPath] | None = None
+    ) -> Leaves:
+        """Reads parameters.
 
         Args:
           dtype: to cast to while reading; as stored without it.
           device: where to put them; host memory, as NumPy arrays, without it.
+          only: paths of those to read; all without it.
         """
-        return self._restore(self.stored, dtype, device)
+        wanted = {path: leaf for path, leaf in self.stored.items() if only is None or path in only}
+        if self.adapter is None:
+            return self._restore(wanted, dtype, device)
+        adapted = [path for path in self._adapted if path in wanted]
+        here = {path: leaf for path, leaf in wanted.items() if path in self.own and path not in adapted}
+        leaves = self._restore(here, dtype, device)
+        leaves |= self.adapter.base.restore(dtype, device=device, only=wanted.keys() - here.keys() - set(adapted))
+        for path in adapted:
+            merged = self.read_leaf(path).astype(dtype or np.float32)
+            leaves[path] = merged if device is None else jax.device_put(merged, device)
+        return leaves
 
     def read_leaf(self, path: ParamPath) -> np.ndarray:
         """Reads one parameter into host memory."""
-        return self._restore({path: self.stored[path]}, None, None)[path]
+        if self.adapter is None or (path in self.own and path not in self._adapted):
+            return self._restore({path: self.own[path]}, None, None)[path]
+        base = self.adapter.base.read_leaf(path)
+        if path not in self._adapted or self.adapter.lora is None:
+            return base
+        a, b = (self.read_own((*path[:-1], name)) for name in (lora.A, lora.B))
+        return lora.merge(base, a, b, self.adapter.lora.scale)
+
+    def read_own(self, path: ParamPath) -> np.ndarray:
+        """Reads one parameter of this folder, adapters included, into host memory."""
+        return self._restore({path: self.own[path]}, None, None)[path]
+
+    @property
+    def _adapted(self) -> list[ParamPath]:
+        """Kernels that low-rank adapters are added to."""
+        return [(*path[:-1], "kernel") for path in self.own if path[-1] == lora.A]
+
+    @property
+    def _remedy(self) -> str:
+        return "convert the checkpoint again" if self.adapter is None else "take another checkpoint of the run"
 
     @property
     def _params(self) -> Path:
@@ -295,6 +326,9 @@ class Checkpoint:
         self, wanted: Mapping[ParamPath, jax.ShapeDtypeStruct], dtype: str | None, device: jax.Device | None
     ) -> Leaves:
         import orbax.checkpoint as ocp
+
+        if not wanted:
+            return {}
 
         def restore_args(leaf: jax.ShapeDtypeStruct) -> ocp.RestoreArgs:
             target = np.dtype(dtype or leaf.dtype)
@@ -310,4 +344,23 @@ class Checkpoint:
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
                 return flatten(checkpointer.restore(self._params, args=arguments))
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{self._params}: damaged ({error}); convert the checkpoint again") from error
+            raise CheckpointError(f"{self._params}: damaged ({error}); {self._remedy}") from error
+
+
+def _open_adapter(folder: Path, written: Any) -> Adapter:
+    try:
+        base_folder, identity = written["base"]["folder"], written["base"]["identity"]
+        settings = written["lora"]
+        config = settings and LoraConfig(**{**settings, "targets": tuple(settings["targets"])})
+    except (KeyError, TypeError, ConfigError) as error:
+        raise CheckpointError(f"{folder}: its {CONFIG_FILE} does not say what it belongs on ({error!r})") from error
+    try:
+        base = Checkpoint.open(base_folder)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{folder}: was trained on {base_folder}, which cannot be opened ({error}); "
+            f"if it has moved, correct its {CONFIG_FILE}"
+        ) from error
+    if base.identity != identity:
+        raise CheckpointError(f"{folder}: was trained on another checkpoint than {base_folder} is now")
+    return Adapter(base, config)

@@ -23,7 +23,9 @@ _FAILED, _INTERRUPTED = 1, 130
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs `deqa`. Exits with 0 on complete success, 1 if something failed, 2 on bad usage."""
     whole = parser()
-    options = whole.parse_args(arguments)
+    options, options.overrides = whole.parse_known_args(arguments)
+    if options.overrides and options.command != "train":
+        whole.error(f"unrecognized arguments: {' '.join(options.overrides)}")
     if options.version:
         import importlib.metadata
 
@@ -44,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "infer": _infer,
             "evaluate": _evaluate,
             "labels": _labels,
+            "train": _train,
             "prepare": _prepare,
             "convert": _convert,
             "export": _export,
@@ -215,6 +218,28 @@ def _labels(options: argparse.Namespace) -> int:
     return 0
 
 
+def _train(options: argparse.Namespace) -> int:
+    from deqa_jax.checkpoint import CheckpointError
+    from deqa_jax.config import ConfigError
+    from deqa_jax.convert.tensors import ConversionError
+    from deqa_jax.data.metas import MetaError
+    from deqa_jax.preprocess import ImageError
+    from deqa_jax.prompt import PromptError
+
+    try:
+        from deqa_jax.train.loop import TrainingError, train
+        from deqa_jax.train.settings import read_config
+    except ModuleNotFoundError as error:
+        return _fail(f"{error}; training needs an extra: pip install 'deqa-jax[train]'", _FAILED)
+    try:
+        best = train(read_config(options.config_path, options.overrides))
+    except (CheckpointError, ConfigError, ConversionError, ImageError, MetaError, PromptError, TrainingError) as error:
+        return _fail(str(error), _FAILED)
+    print(f"best checkpoint: {best}", file=sys.stderr)
+    print(best)
+    return 0
+
+
 def _prepare(options: argparse.Namespace) -> int:
     from deqa_jax.data.datasets import UnknownDatasetError, named
     from deqa_jax.data.metas import MetaError
@@ -247,10 +272,11 @@ def _convert(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     from deqa_jax.checkpoint import CheckpointError
     from deqa_jax.config import ConfigError
+    from deqa_jax.convert.to_peft import export_adapter
     from deqa_jax.convert.to_published import export
 
     try:
-        export(options.model, options.out, dtype=options.dtype)
+        (export_adapter if options.adapter else export)(options.model, options.out, dtype=options.dtype)
     except (CheckpointError, ConfigError) as error:
         return _fail(str(error), _FAILED)
     return 0

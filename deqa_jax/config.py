@@ -158,10 +158,13 @@ class Execution:
     Attributes:
       dtype: of matrix products and activations. Norms, softmax, rotary angles and the readout are float32 always.
       param_dtype: of stored parameters.
+      remat: what of a block is computed again in the backward pass: `none`, `full`, or `dots`, which keeps the products
+        with weights and computes the rest again.
     """
 
     dtype: str = "float32"
     param_dtype: str = "float32"
+    remat: str = "none"
 
 
 # ---- the published config.json ----------------------------------------------------------------------------

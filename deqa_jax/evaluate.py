@@ -24,6 +24,8 @@ FITS = {"4": 4, "5": 5, "none": None}
 """Curve that predictions are mapped through before correlations are taken, to its number of parameters."""
 
 _SHOWN_PROBLEMS = 5
+# Of float32 softmax, with room for its rounding.
+_MOST_PROBABLE = 1 + 1e-5
 
 
 class EvaluationError(ValueError):
@@ -115,6 +117,8 @@ def read_predictions(pred: Path, gt: Path, *, open_set: bool, allow_missing: boo
         if levels is None:
             hint = "; it was made without open-set probabilities" if _levels(entry, "logits") else ""
             raise EvaluationError(f"{pred}:{number}: no id with {field} of {', '.join(LEVELS)}{hint}")
+        if open_set and not 0 <= min(levels) <= max(levels) <= _MOST_PROBABLE:
+            raise EvaluationError(f"{pred}:{number}: its {field} are not probabilities from 0 to 1")
         if str(entry["id"]) in found:
             raise EvaluationError(f"{pred}:{number}: the id {entry['id']!r} is there twice")
         found[str(entry["id"])] = levels
@@ -122,7 +126,7 @@ def read_predictions(pred: Path, gt: Path, *, open_set: bool, allow_missing: boo
     if unknown := found.keys() - {item.id for item in items}:
         raise EvaluationError(f"{pred}: {_some(unknown)} not in {gt}: are they of the same set?")
     if missing := [item.id for item in items if item.id not in found]:
-        if not allow_missing or not found:
+        if not allow_missing:
             raise EvaluationError(
                 f"{pred}: {_some(missing)} of {gt} not in it; run `deqa infer` again, "
                 "or evaluate the others with --allow-missing"
@@ -131,9 +135,13 @@ def read_predictions(pred: Path, gt: Path, *, open_set: bool, allow_missing: boo
     scores = _column(items, "gt_score")
     if scores is None:
         raise EvaluationError(f"{gt}: has no gt_score for every image: there is nothing to compare with")
+    gt_std = _column(items, "std_norm")
+    if gt_std is not None and (gt_std < 0).any():
+        raise EvaluationError(f"{gt}: {items[int(gt_std.argmin())].id} has a negative std_norm")
     probs = np.array([found[item.id] for item in items], np.float64)
     if not open_set:
-        probs = scipy.special.softmax(probs, axis=1)
+        with np.errstate(over="ignore"):  # logits further apart than any number: a probability of 0
+            probs = scipy.special.softmax(probs, axis=1)
     mean = probs @ WEIGHTS
     dataset = of_metas((gt.name, pred.name))
     return Predictions(
@@ -144,7 +152,7 @@ def read_predictions(pred: Path, gt: Path, *, open_set: bool, allow_missing: boo
         std=np.sqrt((probs * (WEIGHTS - mean[:, None]) ** 2).sum(axis=1)),
         gt_score=scores,
         gt_mean=_column(items, "gt_score_norm"),
-        gt_std=_column(items, "std_norm"),
+        gt_std=gt_std,
         dataset=dataset,
     )
 
@@ -172,8 +180,11 @@ def _levels(entry: Any, field: str) -> list[float] | None:
     """Five finite numbers from a line with an id; None if it has no such thing."""
     levels = entry.get(field) if isinstance(entry, dict) and "id" in entry else None
     values = [levels.get(level) for level in LEVELS] if isinstance(levels, dict) else [None]
-    numbers = [float(x) for x in values if isinstance(x, int | float) and math.isfinite(x)]
-    return numbers if len(numbers) == len(LEVELS) else None
+    try:
+        numbers = [float(x) for x in values if isinstance(x, int | float) and not isinstance(x, bool)]
+    except OverflowError:  # a whole number of hundreds of digits
+        return None
+    return numbers if len(numbers) == len(LEVELS) and all(map(math.isfinite, numbers)) else None
 
 
 def _some(ids: Sequence[str] | set[str]) -> str:
@@ -249,7 +260,10 @@ def as_table(evaluations: Sequence[Evaluation], format: str) -> str:
         dataset = evaluation.predictions.dataset
         cells = [_cell(evaluation.values[name], evaluation.intervals.get(name)) for name in METRICS]
         beside = [_pair(dataset.paper), _pair(dataset.lora)] if dataset else ["", ""]
-        rows.append([evaluation.predictions.name, str(len(evaluation.predictions.items)), *cells, *beside])
+        # A row is one line, and in Markdown a bar ends a cell.
+        name = evaluation.predictions.name.replace("\n", "\\n")
+        name = name.replace("|", "\\|") if format == "markdown" else name
+        rows.append([name, str(len(evaluation.predictions.items)), *cells, *beside])
     rows.append(["mean", "", *(_cell(value, None) for value in average(evaluations).values()), "", ""])
     headers = ["set", "n", *(name.upper() for name in METRICS), "paper PLCC/SRCC", "LoRA PLCC/SRCC"]
     if not published:
@@ -260,7 +274,10 @@ def as_table(evaluations: Sequence[Evaluation], format: str) -> str:
 def _cell(value: float, interval: metrics.Interval | None) -> str:
     if not math.isfinite(value):
         return "-"
-    return f"{value:.4f}" if interval is None else f"{value:.4f} [{interval[0]:.4f}, {interval[1]:.4f}]"
+    # Of very few images, it may be that no resample has a correlation.
+    if interval is None or not math.isfinite(interval[0]):
+        return f"{value:.4f}"
+    return f"{value:.4f} [{interval[0]:.4f}, {interval[1]:.4f}]"
 
 
 def _pair(plcc_srcc: tuple[float, float]) -> str:

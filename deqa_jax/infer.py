@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -27,6 +27,9 @@ from deqa_jax.scorer import Result, Scorer
 
 ERRORS_FILE = "errors.jsonl"
 RUN_FILE = "run.json"
+
+# Of every line; see `_line`.
+_OPENING = b'{"id": "'
 
 _logger = logging.getLogger(__name__)
 
@@ -114,7 +117,7 @@ def infer(scorer: Scorer, sets: Sequence[ImageSet], out: Path) -> int:
         total = sum(len(image_set.items) for image_set in sets)
         with tqdm(
             total=total,
-            initial=sum(map(len, finished.values())),
+            initial=sum(len(there.ids) for there in finished.values()),
             unit="image",
             file=sys.stderr,
             disable=None,
@@ -125,12 +128,20 @@ def infer(scorer: Scorer, sets: Sequence[ImageSet], out: Path) -> int:
         return errors.count
 
 
+class _Finished(NamedTuple):
+    """Predictions that a file has: their ids, and the length of their lines, after which a torn one may follow."""
+
+    ids: set[str]
+    length: int
+
+
 def _infer_set(
-    scorer: Scorer, image_set: ImageSet, path: Path, finished: set[str], errors: "_Errors", progress: "tqdm[Any]"
+    scorer: Scorer, image_set: ImageSet, path: Path, finished: _Finished, errors: "_Errors", progress: "tqdm[Any]"
 ) -> None:
-    todo = [index for index, item in enumerate(image_set.items) if item.id not in finished]
+    todo = [index for index, item in enumerate(image_set.items) if item.id not in finished.ids]
     failed = 0
     with path.open("a", encoding="utf-8") as file:
+        file.truncate(finished.length)
         results = scorer.stream((image_set.load(index) for index in todo), open_set=True)
         for index, result in zip(todo, results, strict=True):
             item = image_set.items[index]
@@ -141,7 +152,8 @@ def _infer_set(
                 file.write(_line(item, result))
                 file.flush()
             progress.update()
-    if todo and not failed:
+    # Also where this run had nothing to do: the one before may have ended between its last line and this.
+    if not failed:
         _put_in_order(path, image_set.items)
     _logger.info(
         "%s: %d of %d images predicted, %d of them now", path, len(image_set.items) - failed, len(image_set.items),
@@ -170,7 +182,9 @@ def _alone_in(out: Path) -> Iterator[None]:
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise InferenceError(f"{out}: another process is writing predictions there") from error
+            raise InferenceError(
+                f"{out}: another process is writing predictions there; wait for it, or choose another folder with --out"
+            ) from error
         yield
     finally:
         os.close(folder)
@@ -198,26 +212,32 @@ def _check_run(scorer: Scorer, sets: Sequence[ImageSet], out: Path) -> None:
         )
 
 
-def _finished(path: Path, image_set: ImageSet) -> set[str]:
-    """Ids of the predictions in a file, whose torn last line, if there is one, is cut off."""
+def _finished(path: Path, image_set: ImageSet) -> _Finished:
+    """What a file has; it is not changed, as other files may yet be refused."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
-        return set()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        os.truncate(path, whole)
+        return _Finished(set(), 0)
+    length = content.rfind(b"\n") + 1
     ids: set[str] = set()
     known = {item.id for item in image_set.items}
-    for number, line in enumerate(content[:whole].splitlines(), 1):
+    number = 0
+    for number, line in enumerate(content[:length].splitlines(), 1):
         try:
             id = json.loads(line)["id"]
+            foreign, twice = id not in known, id in ids
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise InferenceError(f"{path}:{number}: not a prediction; remove the line, or the file") from error
-        if id not in known:
+        if foreign:
             raise InferenceError(f"{path}:{number}: {id!r} is not in these metas; choose another folder with --out")
+        if twice:
+            raise InferenceError(f"{path}:{number}: {id!r} is there twice; remove the line, or the file")
         ids.add(id)
-    return ids
+    torn = content[length:]
+    # Only what can be the beginning of a prediction is cut off: the file may be someone's metas.
+    if torn[: len(_OPENING)] != _OPENING[: len(torn)]:
+        raise InferenceError(f"{path}:{number + 1}: not a prediction; remove the line, or the file")
+    return _Finished(ids, length)
 
 
 def _put_in_order(path: Path, items: Sequence[Item]) -> None:
@@ -238,10 +258,10 @@ class _Errors:
         self._path = path
         kept = []
         if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            for line in path.read_bytes().splitlines():
                 with contextlib.suppress(ValueError, TypeError, KeyError):
                     if json.loads(line)["metas"] not in retried:
-                        kept.append(line)
+                        kept.append(line.decode() + "\n")
         self._replace("".join(kept))
 
     def _replace(self, text: str) -> None:

@@ -1,10 +1,12 @@
 """`deqa labels`: opinion scores to training and test metas, and what the discretisation costs."""
 
+import contextlib
 import dataclasses
 import logging
 import math
 import posixpath
 import random
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -110,8 +112,12 @@ def make_labels(opinions: Opinions, settings: LabelSettings = LabelSettings()) -
         raise OpinionError("no image is in the train or test split; do the names in both files match?")
     scores, deviations = opinions.mos[rows], opinions.std[rows]
     if settings.invert:
-        scores = low + high - scores
-    mos, std = normalise(scores, deviations, low, high)
+        # Rounded, the sum of both less the best score may be above the best.
+        scores = np.clip(low + high - scores, low, high)
+    with np.errstate(over="ignore", invalid="ignore"):
+        mos, std = normalise(scores, deviations, low, high)
+    if math.isinf(high - low) or not np.isfinite(mos).all() or np.isinf(std).any():
+        raise OpinionError("scores or standard deviations are too large to be put on a scale from 1 to 5")
     if (std > 2).any():
         _logger.warning(
             "%d standard deviations are above 2 once scores are from 1 to 5, which hardly any opinions can have: "
@@ -242,13 +248,18 @@ def _of_dataset(name: str, opinions: Opinions, settings: LabelSettings) -> Label
 
 
 def _write(outputs: Mapping[Path, list[Item]], made: Mapping[str, Labels]) -> str:
-    for path, items in outputs.items():
-        if not items:
-            _logger.warning("%s: not written, there are no images for it", path)
-            continue
-        write_metas(path, items)
-        _logger.info("%s: %d images", path, len(items))
-    return _table(made)
+    table = _table(made)
+    with contextlib.ExitStack() as undo:
+        for path, items in outputs.items():
+            if not items:
+                _logger.warning("%s: not written, there are no images for it", path)
+                continue
+            write_metas(path, items)
+            undo.callback(path.unlink)
+            _logger.info("%s: %d images", path, len(items))
+        # All are written: none is taken back.
+        undo.pop_all()
+    return table
 
 
 def _table(made: Mapping[str, Labels]) -> str:
@@ -285,9 +296,10 @@ def _read_config(path: Path) -> list[tuple[str, LabelSettings, dict[str, Path]]]
     if problems:
         raise ConfigError(f"{path}: " + "; ".join(problems))
     outputs = [Path(entry[key]) for entry in datasets.values() for key in ("save_train", "save_test")]
-    for output in outputs:
+    places = [output.resolve() for output in outputs]
+    for output, place in zip(outputs, places, strict=True):
         refuse_existing(output)
-        if outputs.count(output) > 1:
+        if places.count(place) > 1:
             raise ConfigError(f"{path}: {output} would be written twice")
     return [
         (
@@ -312,7 +324,7 @@ def _entry_problems(entry: Any) -> list[str]:
     problems += [f"{key} {entry[key]!r} is not a text" for key in _KEYS[:5] if not isinstance(entry.get(key, ""), str)]
     for key in ("thre_std", "thre_diff"):
         value = entry.get(key, 0)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= sys.float_info.max:
             problems.append(f"{key} {value!r} is not a number from 0 up")
     if entry.get("density_type", "pdf") not in DENSITIES:
         problems.append(f"density_type {entry['density_type']!r} is not one of {', '.join(DENSITIES)}")

@@ -37,10 +37,18 @@ def plcc(prediction: Array1d, truth: Array1d) -> float:
     >>> round(plcc(np.array([1.0, 2.0, 3.0]), np.array([1.0, 2.0, 4.0])), 4)
     0.982
     """
-    if len(prediction) < 2 or np.ptp(prediction) == 0 or np.ptp(truth) == 0:
+    if len(prediction) < 2:
+        return float("nan")
+    prediction, truth = _moderate(prediction), _moderate(truth)
+    if np.ptp(prediction) == 0 or np.ptp(truth) == 0:
         return float("nan")
     with np.errstate(invalid="ignore"):
         return float(np.corrcoef(prediction, truth)[0, 1])
+
+
+def _moderate(values: Array1d) -> Array1d:
+    """The same times a power of two, which no correlation sees, so that no square over- or underflows."""
+    return np.ldexp(values, -np.frexp(np.abs(values).max())[1])
 
 
 def logistic_4(x: Array1d, top: float, bottom: float, centre: float, width: float) -> Array1d:
@@ -71,7 +79,8 @@ def fit_logistic(prediction: Array1d, truth: Array1d, parameters: int) -> Curve:
       The curve, to be called with predictions.
 
     Raises:
-      FitError: there are fewer points than parameters, all predictions are equal, or the fit does not converge.
+      FitError: there are fewer points than parameters, all predictions are equal, or the fit does not converge to a
+        curve with finite values.
 
     >>> curve = fit_logistic(np.arange(9.0), np.tanh(np.arange(9.0) - 4), 4)
     >>> curve(np.array([4.0])).round(3) + 0.0
@@ -79,24 +88,27 @@ def fit_logistic(prediction: Array1d, truth: Array1d, parameters: int) -> Curve:
     """
     if len(prediction) < parameters or np.ptp(prediction) == 0:
         raise FitError(f"a curve of {parameters} parameters cannot be fitted to {len(prediction)} points like these")
-    if parameters == 4:
-        function: Callable[..., Array1d] = logistic_4
-        start = [truth.max(), truth.min(), prediction.mean(), prediction.std() / 4]
-    else:
-        function = logistic_5
-        start = [10.0, 0.0, truth.mean(), 0.1, 0.1]
-    # On its way the fit may try widths at which exp overflows, to the right limit; its covariance is not used.
-    with np.errstate(over="ignore"), warnings.catch_warnings():
+    # On its way the fit may try any curve, such as a width at which exp overflows, to the right limit; what counts is
+    # where it ends. Its covariance is not used.
+    with np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore", scipy.optimize.OptimizeWarning)
+        if parameters == 4:
+            function: Callable[..., Array1d] = logistic_4
+            start = [truth.max(), truth.min(), prediction.mean(), prediction.std() / 4]
+        else:
+            function = logistic_5
+            start = [10.0, 0.0, truth.mean(), 0.1, 0.1]
         try:
             found, _ = scipy.optimize.curve_fit(function, prediction, truth, p0=start, maxfev=10000)
         except RuntimeError as error:
             raise FitError(f"the {parameters}-parameter fit does not converge") from error
 
     def curve(x: Array1d) -> Array1d:
-        with np.errstate(over="ignore"):
+        with np.errstate(all="ignore"):
             return function(x, *found)
 
+    if not np.isfinite(curve(prediction)).all():
+        raise FitError(f"the {parameters}-parameter fit does not converge")
     return curve
 
 
@@ -147,7 +159,7 @@ def bootstrap_intervals(
       prediction: `[N]`, fitted or not; a fit is not repeated for a resample.
       truth: `[N]`.
       averages: name to per-image values `[N]` whose mean is reported.
-      resamples: how many.
+      resamples: how many, at least 1.
       seed: of the draws.
 
     Returns:
@@ -156,16 +168,20 @@ def bootstrap_intervals(
     generator = np.random.default_rng(seed)
     size = len(prediction)
     ranks = _Ranks(prediction), _Ranks(truth)
+    values = _moderate(prediction)[None], _moderate(truth)[None]
     drawn: dict[str, list[np.ndarray]] = {"srcc": [], "plcc": [], **{name: [] for name in averages}}
     for start in range(0, resamples, _BLOCK):
         rows = min(_BLOCK, resamples - start)
         draws = generator.integers(size, size=(rows, size)) + size * np.arange(rows)[:, None]
         counts = np.bincount(draws.ravel(), minlength=rows * size).reshape(rows, size).astype(np.float64)
         drawn["srcc"].append(_weighted_plcc(ranks[0].of(counts), ranks[1].of(counts), counts))
-        drawn["plcc"].append(_weighted_plcc(prediction[None], truth[None], counts))
-        for name, values in averages.items():
-            drawn[name].append(counts @ values / size)
-    return {name: _percentiles(np.concatenate(values)) for name, values in drawn.items()}
+        # Means of ranks are exact. Those of values are not, and a constant resample would seem to have a correlation.
+        constant = np.isnan(drawn["srcc"][-1])
+        drawn["plcc"].append(np.where(constant, np.nan, _weighted_plcc(*values, counts)))
+        for name, average in averages.items():
+            with np.errstate(invalid="ignore"):  # of an infinite value that is not drawn
+                drawn[name].append(counts @ average / size)
+    return {name: _percentiles(np.concatenate(blocks)) for name, blocks in drawn.items()}
 
 
 class _Ranks:
@@ -190,7 +206,8 @@ def _weighted_plcc(
     y = y - (counts * y).sum(axis=1, keepdims=True) / size
     covariance = (counts * x * y).sum(axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        return covariance / np.sqrt((counts * x**2).sum(axis=1) * (counts * y**2).sum(axis=1))
+        correlation = covariance / np.sqrt((counts * x**2).sum(axis=1) * (counts * y**2).sum(axis=1))
+    return np.clip(correlation, -1, 1)  # which rounding may pass
 
 
 def _percentiles(values: Float[np.ndarray, "R"]) -> Interval:

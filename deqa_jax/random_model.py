@@ -10,10 +10,11 @@ import numpy as np
 import sentencepiece
 from flax import nnx
 
-from deqa_jax.checkpoint import PREPROCESSOR_FILE, TOKENIZER_FILE, flatten, write_checkpoint
+from deqa_jax.checkpoint import PREPROCESSOR_FILE, TOKENIZER_FILE, write_checkpoint
 from deqa_jax.config import PRESETS, Execution
 from deqa_jax.files import new_folder, refuse_existing
 from deqa_jax.model.deqa import Deqa
+from deqa_jax.parameters import flatten
 from deqa_jax.prompt import LEVELS, PROMPTS, SYSTEM_SENTENCES
 from deqa_jax.scorer import use_compilation_cache
 

@@ -3,9 +3,11 @@
 import base64
 import html
 import io
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import scipy.special
 from jaxtyping import Float
@@ -88,7 +90,9 @@ def _plot(title: str, draw: Callable[[Axes], None]) -> str:
     axes.set_title(title)
     axes.spines[["top", "right"]].set_visible(False)
     content = io.BytesIO()
-    figure.savefig(content, format="svg", dpi=150, metadata={"Date": None})
+    # Without a salt, names inside the SVG are random.
+    with matplotlib.rc_context({"svg.hashsalt": "deqa"}):
+        figure.savefig(content, format="svg", dpi=150, metadata={"Date": None})
     return f'<img class="plot" alt="{html.escape(title)}" src="{_data_uri("image/svg+xml", content.getvalue())}">'
 
 
@@ -166,7 +170,10 @@ def _distance(evaluation: Evaluation) -> Float[np.ndarray, "N"]:
 
 def _thumbnail(path: Path) -> str:
     try:
-        pixels = load_square(path, _THUMBNAIL)
+        with warnings.catch_warnings():
+            # Pillow refuses what is twice as large as what it warns of.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            pixels = load_square(path, _THUMBNAIL)
     except ImageError as error:
         return f'<p class="none">{html.escape(str(error))}</p>'
     content = io.BytesIO()

@@ -13,8 +13,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
-from deqa_jax.checkpoint import Checkpoint, Leaves, abstract_model, unflatten
+from deqa_jax.checkpoint import Checkpoint
 from deqa_jax.config import ConfigError, Execution
+from deqa_jax.parameters import Leaves, abstract_model, unflatten
 from deqa_jax.preprocess import ImageError, ImageLike, PreprocessConfig, load_square, normalize
 from deqa_jax.prompt import LEVEL_WEIGHTS, PROMPTS, SplitPrompt, split_prompt
 
@@ -104,7 +105,7 @@ class Scorer:
         self.batch_size = batch_size or _BATCH_SIZES.get(device.platform, _ACCELERATOR_BATCH_SIZE)
         self._device = device
         self._preprocess = checkpoint.preprocess()
-        ids, level_ids = _check_fit(checkpoint, self._preprocess, prompt)
+        ids, level_ids = check_fit(checkpoint, self._preprocess, prompt)
 
         model = abstract_model(checkpoint.config, Execution(dtype=dtype, param_dtype=dtype))
         if device.platform == "cpu":
@@ -112,7 +113,7 @@ class Scorer:
             self._params = unflatten(_unstack(checkpoint.restore(dtype), device))
         else:
             self._params = unflatten(checkpoint.restore(dtype, device=device))
-        prefill, self._run = _programs(nnx.graphdef(model), ids, level_ids, self._preprocess, dtype)
+        prefill, self._run = programs(nnx.graphdef(model), ids, level_ids, self._preprocess, dtype)
         self._cache = prefill(self._params)
 
     @classmethod
@@ -255,10 +256,12 @@ class Scorer:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _check_fit(
-    checkpoint: Checkpoint, preprocess: PreprocessConfig, prompt: str
-) -> tuple[SplitPrompt, tuple[int, ...]]:
-    """Ids of the prompt and of the level words, once tokenizer, preprocessing and model are seen to belong together."""
+def check_fit(checkpoint: Checkpoint, preprocess: PreprocessConfig, prompt: str) -> tuple[SplitPrompt, tuple[int, ...]]:
+    """Ids of the prompt and of the level words, once tokenizer, preprocessing and model are seen to belong together.
+
+    Raises:
+      ConfigError: they do not.
+    """
     config = checkpoint.config
     if preprocess.size != config.vision.image_size:
         raise ConfigError(
@@ -272,7 +275,7 @@ def _check_fit(
     return ids, level_ids
 
 
-def _programs(
+def programs(
     graphdef: nnx.GraphDef[Any],
     ids: SplitPrompt,
     level_ids: tuple[int, ...],

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from deqa_jax.checkpoint import parameter_shapes
+from deqa_jax.parameters import parameter_shapes
 from deqa_jax.config import DeqaConfig
 from deqa_jax.convert.names import positions, rules_for
 

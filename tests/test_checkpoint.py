@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from deqa_jax.checkpoint import (
     write_checkpoint,
 )
 from deqa_jax.config import PRESETS
+from deqa_jax.convert.to_jax import convert
 from deqa_jax.files import new_folder
 
 TEST = PRESETS["test"]
@@ -184,6 +186,89 @@ def test_only_converted_folders_are_checkpoints(written, published, tmp_path):
     assert is_checkpoint(written)
     for other in (published, tmp_path, tmp_path / "absent", written / "config.json"):
         assert not is_checkpoint(other)
+
+
+# ---- identity ---------------------------------------------------------------------------------------------
+
+FILES = {"a.safetensors": "12ab", "b.safetensors": "34cd"}
+CONVERTED = {"source": "P", "base": None, "files": FILES, "tensors": {"x": "float16"}, "versions": {"jax": "1"}}
+
+
+def identity_with(folder, **provenance):
+    (folder / "provenance.json").write_text(json.dumps(provenance))
+    return Checkpoint.open(folder).identity
+
+
+def test_an_identity_is_short_and_always_the_same(written, damaged, monkeypatch):
+    identity = Checkpoint.open(written).identity
+    assert re.fullmatch("[0-9a-f]{16}", identity)
+    assert Checkpoint.open(damaged).identity == identity
+    monkeypatch.chdir(damaged)
+    assert Checkpoint.open(".").identity == identity
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"source": "hub/P"},
+        {"base": "B"},
+        {"versions": {"jax": "2"}},
+        {"files": dict(reversed(FILES.items()))},
+    ],
+    ids=str,
+)
+def test_where_a_checkpoint_comes_from_is_not_what_it_is(change, damaged):
+    assert identity_with(damaged, **{**CONVERTED, **change}) == identity_with(damaged, **CONVERTED)
+    assert identity_with(damaged, **dict(reversed(CONVERTED.items()))) == identity_with(damaged, **CONVERTED)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"files": {**FILES, "b.safetensors": "34ce"}},
+        {"files": {"a.safetensors": "12ab"}},
+        {"files": {"a.safetensors": "34cd", "b.safetensors": "12ab"}},
+        {"files": {}},
+        {"tensors": {"x": "bfloat16"}},
+        {"trained": {"steps": 3}},
+    ],
+    ids=str,
+)
+def test_a_checkpoint_made_of_other_files_is_another(change, damaged):
+    assert identity_with(damaged, **{**CONVERTED, **change}) != identity_with(damaged, **CONVERTED)
+
+
+def test_without_files_the_source_is_all_there_is(damaged):
+    """As with random weights, whose source names their seed."""
+    for files in ({}, {"files": {}}, {"files": None}):
+        one, two = (identity_with(damaged, source=f"--seed {seed}", **files) for seed in (1, 2))
+        assert one != two
+
+
+def test_weights_cast_when_they_were_converted_are_others(arrays, side_files, written, tmp_path):
+    cast = write(tmp_path / "M", {path: array.astype(np.float32) for path, array in arrays.items()}, side_files)
+    again = write(tmp_path / "N", arrays, side_files)
+    identities = [Checkpoint.open(folder).identity for folder in (written, cast, again)]
+    assert identities[0] == identities[2] != identities[1]
+
+
+def test_a_configuration_of_other_numbers_is_another_model(damaged):
+    before = Checkpoint.open(damaged).identity
+    in_config(lambda written: written["model"]["language"].update(rope_theta=5e5))(damaged)
+    assert Checkpoint.open(damaged).identity != before
+
+
+def test_the_identity_of_a_damaged_checkpoint_is_an_error(damaged):
+    gone("params/_METADATA")(damaged)
+    with pytest.raises(CheckpointError, match="convert "):
+        _ = Checkpoint.open(damaged).identity
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_one_checkpoint_converted_twice_from_two_places_is_one(dtype, published, converted, tmp_path):
+    convert(str(shutil.copytree(published, tmp_path / "moved")), tmp_path / "M", dtype=dtype)
+    same = Checkpoint.open(tmp_path / "M").identity == Checkpoint.open(converted).identity
+    assert same == (dtype == "float32")
 
 
 # ---- damage -----------------------------------------------------------------------------------------------

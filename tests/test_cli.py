@@ -20,7 +20,7 @@ from deqa_jax.cli import main
 from deqa_jax.prompt import LEVELS
 from deqa_jax.scorer import Scorer
 
-COMMANDS = ("score", "infer", "evaluate", "labels", "prepare", "convert", "export", "info", "init")
+COMMANDS = ("score", "infer", "evaluate", "labels", "train", "prepare", "convert", "export", "info", "init")
 UNREADABLE = {"empty.png", "not_an_image.jpg", "truncated.jpg"}
 
 
@@ -104,6 +104,19 @@ def test_the_version_is_that_of_the_distribution(deqa):
         (["init", "M", "--size", "huge"], "'huge'"),
         (["init", "M", "--seed", "x"], "'x'"),
         (["info"], "MODEL"),
+        (["infer", "--model", "M", "--out", "R", "--root", "D"], "--meta --dataset"),
+        (["infer", "--model", "M", "--out", "R", "--meta", "F", "--dataset", "koniq"], "not allowed with"),
+        (["evaluate", "--pred", "P"], "--gt"),
+        (["evaluate", "--pred", "P", "--gt", "G", "--json", "--latex"], "not allowed with"),
+        (["evaluate", "--pred", "P", "--gt", "G", "--fit", "6"], "'6'"),
+        (["evaluate", "--pred", "P", "--gt", "G", "--bootstrap", "-1"], "'-1' is not a whole number from 0"),
+        (["labels"], "--config --csv"),
+        (["labels", "--csv", "F", "--out", "D", "--scale", "1"], "--scale"),
+        (["labels", "--csv", "F", "--out", "D", "--scale", "0", "nan"], "'nan' is not a number"),
+        (["labels", "--csv", "F", "--out", "D", "--column", "score=MOS"], "'score=MOS' is not image, mos"),
+        (["labels", "--csv", "F", "--out", "D", "--column", "mos="], "'mos=' is not image, mos"),
+        (["labels", "--csv", "F", "--out", "D", "--test-ratio", "20"], "'20' is not a number from 0 to 1"),
+        (["prepare", "--dataset", "koniq", "--root", "D"], "--out"),
     ],
     ids=" ".join,
 )
@@ -113,6 +126,32 @@ def test_bad_usage_exits_with_2_and_says_where_help_is(arguments, complaint, deq
     assert complaint in err
     assert "Try `deqa" in err
     assert "--help`" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["infer", "--model", "M", "--out", "R", "--meta", "F"], "say where the images are"),
+        (["infer", "--model", "M", "--out", "R", "--dataset", "koniq", "--root", "D", "--records", "E"], "say where"),
+        (["infer", "--model", "M", "--out", "R", "--meta", "F", "--records", "E"], "--records goes with --dataset"),
+        (["infer", "--model", "M", "--out", "R", "--root", "D", "--dataset", "koniq,kony"], "no dataset 'kony'"),
+        (["evaluate", "--pred", "P", "Q", "--gt", "G"], "2 prediction files and 1 metas"),
+        (["evaluate", "--pred", "P", "--gt", "G", "--root", "D"], "give --report DIR too"),
+        (["labels", "--csv", "F"], "say with --out where"),
+        (["labels", "--csv", "F", "--out", "D", "--scale", "5", "1"], "the lowest possible score first"),
+        (["labels", "--config", "F", "--seed", "0"], "--seed goes with --csv"),
+        (["labels", "--config", "F", "--invert"], "--invert goes with --csv"),
+        (["prepare", "--dataset", "ava", "--root", "D", "--out", "R"], "no dataset 'ava'; there are koniq, spaq"),
+    ],
+    ids=" ".join,
+)
+def test_options_that_do_not_go_together_exit_with_2(arguments, complaint, deqa, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = deqa(*arguments)
+    assert (status, out) == (2, "")
+    assert is_sentence(err)
+    assert complaint in err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_messages_name_no_internals(deqa):

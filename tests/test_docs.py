@@ -30,6 +30,7 @@ def workplace(published: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     """A folder with what the README's commands speak of."""
     folder = tmp_path_factory.mktemp("readme")
     shutil.copytree(ROOT / "examples", folder / "examples")
+    shutil.copytree(ROOT / "configs", folder / "configs")
     (folder / "DeQA-Score-Mix3").symlink_to(published)
     (folder / "mplug-owl2-llama2-7b").symlink_to(published)
     adapter = folder / "DeQA-Score-LoRA-Mix3"
@@ -41,7 +42,32 @@ def workplace(published: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     safetensors.numpy.save_file(matrices, adapter / "adapter_model.safetensors")
     trained = {"base_model.model.model.visual_abstractor.vit_eos": np.ones((1, 1, 64), np.float16)}
     safetensors.numpy.save_file(trained, adapter / "non_lora_trainables.safetensors")
+    _write_datasets(folder)
     return folder
+
+
+def _write_datasets(folder: Path) -> None:
+    """Two published datasets in miniature, and opinion scores as one's own and as published ones."""
+    pictures = sorted((ROOT / "examples").glob("*.jpg")) * 2
+    for name, metas in (("KONIQ", "test_koniq_2k.json"), ("SPAQ", "test_spaq_2k.json")):
+        images = folder / "Data-DeQA-Score" / name / "images"
+        images.mkdir(parents=True)
+        items = []
+        for i, picture in enumerate(pictures):
+            shutil.copy(picture, images / f"{i}.jpg")
+            scores = {"gt_score": 4 - i / 3, "gt_score_norm": 4 - i / 3, "std": 0.5, "std_norm": 0.5}
+            items.append({"id": f"{i}.jpg->{i}", "image": f"{name}/images/{i}.jpg", **scores})
+        (images.parent / "metas").mkdir()
+        (images.parent / "metas" / metas).write_text(json.dumps(items))
+    shutil.copytree(folder / "Data-DeQA-Score" / "KONIQ" / "images", folder / "OWN" / "images")
+    rows = [f"{i}.jpg,{10 * i},12.5" for i in range(len(pictures))]
+    (folder / "scores.csv").write_text("\n".join(["image,mos,std", *rows]))
+    (folder / "mos.json").write_text(json.dumps({f"{i}.jpg": {"mos": i, "std": 1} for i in range(10)}))
+    (folder / "split.json").write_text(json.dumps({"train": ["1.jpg", "2.jpg", "3.jpg"], "test": ["4.jpg"]}))
+    koniq = {"split_json": "split.json", "mos_json": "mos.json", "save_train": "train.json", "save_test": "test.json"}
+    koniq |= {"img_dir": "KONIQ/images", "density_type": "pdf", "thre_std": 0.2, "thre_diff": 0.1}
+    config = {"answer": "The quality of the image is {}.", "dataset_params": {"koniq": koniq}}
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def test_readme_commands_run(workplace: Path) -> None:

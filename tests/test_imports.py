@@ -12,24 +12,33 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the bottom up; a module may import those of lower rows, and of its own row what is listed in OWN_ROW.
 ROWS = [
     ["deqa_jax", "deqa_jax.config", "deqa_jax.convert", "deqa_jax.data", "deqa_jax.metrics", "deqa_jax.arguments"],
-    ["deqa_jax.model.layers", "deqa_jax.files"],
+    ["deqa_jax.model.layers", "deqa_jax.files", "deqa_jax.data.pairs", "deqa_jax.train"],
     ["deqa_jax.model", "deqa_jax.model.vision", "deqa_jax.model.abstractor", "deqa_jax.model.llama"],
     ["deqa_jax.model.deqa", "deqa_jax.preprocess", "deqa_jax.prompt"],
+    ["deqa_jax.parameters", "deqa_jax.losses"],
     ["deqa_jax.data.datasets", "deqa_jax.data.metas", "deqa_jax.data.opinions", "deqa_jax.data.soft_labels"],
-    ["deqa_jax.checkpoint", "deqa_jax.data.tfds_builders"],
+    ["deqa_jax.lora", "deqa_jax.data.tfds_builders"],
+    ["deqa_jax.checkpoint", "deqa_jax.data.pipeline"],
     ["deqa_jax.scorer"],
+    ["deqa_jax.train.objective", "deqa_jax.train.optimizer", "deqa_jax.train.evaluation", "deqa_jax.train.log"],
+    ["deqa_jax.train.step", "deqa_jax.train.settings"],
+    ["deqa_jax.train.saving"],
     ["deqa_jax.score_files", "deqa_jax.random_model", "deqa_jax.labels", "deqa_jax.infer", "deqa_jax.evaluate"],
-    ["deqa_jax.report"],
+    ["deqa_jax.report", "deqa_jax.train.loop"],
     ["deqa_jax.convert.tensors", "deqa_jax.convert.progress"],
-    ["deqa_jax.convert.names", "deqa_jax.convert.torch_file"],
+    ["deqa_jax.convert.names", "deqa_jax.convert.torch_file", "deqa_jax.convert.torch_save"],
     ["deqa_jax.convert.hf"],
     ["deqa_jax.convert.peft", "deqa_jax.convert.to_published"],
-    ["deqa_jax.convert.to_jax", "deqa_jax.convert.describe"],
+    ["deqa_jax.convert.to_jax", "deqa_jax.convert.describe", "deqa_jax.convert.to_peft"],
     ["deqa_jax.cli"],
 ]
 RANK = {module: rank for rank, row in enumerate(ROWS) for module in row}
 # Inside a function, and only there: what a user names as a model may need converting first.
-UPWARD = {("deqa_jax.scorer", "deqa_jax.convert.to_jax"), ("deqa_jax", "deqa_jax.scorer")}
+UPWARD = {
+    ("deqa_jax.scorer", "deqa_jax.convert.to_jax"),
+    ("deqa_jax.train.loop", "deqa_jax.convert.to_jax"),
+    ("deqa_jax", "deqa_jax.scorer"),
+}
 
 
 def modules() -> dict[str, Path]:

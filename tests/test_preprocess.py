@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import re
 import warnings
 from pathlib import Path
@@ -165,12 +166,12 @@ def test_a_mode_that_has_no_colours_to_give_is_an_image_error():
         load_square(Image.new("La", (3, 3)), SMALL)
 
 
-def test_path_image_and_array_of_one_picture_give_the_same_pixels(tmp_path):
+def test_path_content_image_and_array_of_one_picture_give_the_same_pixels(tmp_path):
     image = picture()
     path = tmp_path / "x.png"
     image.save(path)
     expected = naive_square(image, SMALL)
-    for given_as in (path, str(path), image, np.asarray(image)):
+    for given_as in (path, str(path), path.read_bytes(), image, np.asarray(image)):
         np.testing.assert_array_equal(load_square(given_as, SMALL), expected)
 
 
@@ -238,6 +239,25 @@ def test_damaged_files_are_named(name, images):
         load_square(images / name, SMALL)
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("truncated.jpg", "truncated"), ("empty.png", "empty file$"), ("not_an_image.jpg", "not an image ")],
+)
+def test_damaged_content_is_told_apart_without_a_name(name, reason, images):
+    content = (images / name).read_bytes()
+    with pytest.raises(ImageError, match=f"^an image: .*{reason}") as caught:
+        load_square(content, SMALL)
+    with pytest.raises(ImageError) as same:
+        load_square(images / name, SMALL)
+    assert str(caught.value) == str(same.value).replace(str(images / name), "an image")
+
+
+def test_content_is_not_taken_for_a_path(images):
+    """Python's own functions take the bytes of a path."""
+    with pytest.raises(ImageError, match=r"^an image: not an image"):
+        load_square(os.fsencode(images / "gray.png"), SMALL)
+
+
 def test_a_missing_file_and_a_folder_are_told_apart(tmp_path):
     with pytest.raises(ImageError, match=r"absent\.png: no such file"):
         load_square(tmp_path / "absent.png", SMALL)
@@ -260,6 +280,8 @@ def test_formats_that_need_other_programs_are_not_read(tmp_path):
     picture().save(path, format="EPS")
     with pytest.raises(ImageError, match=r"x\.png: not an image"):
         load_square(path, SMALL)
+    with pytest.raises(ImageError, match="an image: not an image"):
+        load_square(path.read_bytes(), SMALL)
 
 
 def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
@@ -267,6 +289,8 @@ def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(ImageError, match=r"bomb\.png: .*limit"):
         load_square(tmp_path / "bomb.png", SMALL)
+    with pytest.raises(ImageError, match=r"an image: .*limit"):
+        load_square((tmp_path / "bomb.png").read_bytes(), SMALL)
 
 
 def test_an_image_that_turns_out_truncated_in_memory_is_an_image_error(images):
@@ -296,12 +320,14 @@ def test_every_format_that_a_folder_is_searched_for_is_read(encoded, tmp_path):
     assert formats == set(RASTER_FORMATS)
     for name, content in encoded.items():
         (tmp_path / name).write_bytes(content)
-        assert load_square(tmp_path / name, SMALL).shape == (32, 32, 3)
+        square = load_square(tmp_path / name, SMALL)
+        assert square.shape == (32, 32, 3)
+        np.testing.assert_array_equal(load_square(content, SMALL), square)
 
 
-def shape_or_error(path):
+def pixels_or_error(image):
     try:
-        return load_square(path, SMALL).shape
+        return load_square(image, SMALL)
     except ImageError as error:
         return str(error)
 
@@ -322,8 +348,13 @@ def test_corrupted_files_give_pixels_or_an_image_error(format, edits, kept, enco
         # Lest a corrupted width fill the memory; and some decoders only warn of what they skip.
         patch.setattr(Image, "MAX_IMAGE_PIXELS", 50_000)
         warnings.simplefilter("ignore")
-        outcome = shape_or_error(path)
-    assert outcome == (32, 32, 3) or str(path) in outcome
+        outcome, of_content = pixels_or_error(path), pixels_or_error(path.read_bytes())
+    if isinstance(outcome, str):
+        assert str(path) in outcome
+        assert of_content == outcome.replace(str(path), "an image", 1)
+    else:
+        assert outcome.shape == (32, 32, 3)
+        np.testing.assert_array_equal(of_content, outcome)
 
 
 # ---- preprocessor_config.json -----------------------------------------------------------------------------

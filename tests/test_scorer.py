@@ -121,7 +121,7 @@ def test_every_kind_of_input_gives_the_same_score(scorer: Scorer, images: Path) 
     path = images / "square.png"
     with Image.open(path) as opened:
         opened.load()
-        kinds = [path, str(path), opened, np.asarray(opened.convert("RGB"))]
+        kinds = [path, str(path), path.read_bytes(), opened, np.asarray(opened.convert("RGB"))]
         scores = scorer(kinds)
     np.testing.assert_array_equal(scores, np.repeat(scores[:1], len(kinds)))
     assert scores.dtype == np.float32
@@ -169,6 +169,48 @@ def test_stream_keeps_order_and_reports_bad_images_where_they_stand(scorer: Scor
             assert result.score == scorer([images / name])[0]
 
 
+def test_stream_says_all_that_predict_says(scorer: Scorer, images: Path) -> None:
+    names = ["gray.png", "empty.png", "square.png", "wide.png", "none.png", "tall.jpg", "gray.png"]
+    good = [name for name in names if name not in ("empty.png", "none.png")]
+    for open_set in (False, True):
+        said = scorer.predict([images / name for name in good], open_set=open_set)
+        results = list(scorer.stream((images / name for name in names), open_set=open_set))
+        assert [result.image for result in results] == [images / name for name in names]
+        found = [result for result in results if result.error is None]
+        assert len(found) == len(good)
+        for field in ("score", "std", "probs", "logits", "open_probs"):
+            values = [getattr(result, field) for result in found]
+            if field == "open_probs" and not open_set:
+                assert values == [None] * len(good)
+            else:
+                # Float for float, and Python's own: what JSON writes is read back as the same number.
+                rows = getattr(said, field).tolist()
+                assert values == [tuple(row) if isinstance(row, list) else row for row in rows]
+                assert {type(value) for value in values} == {tuple if isinstance(rows[0], list) else float}
+        bad = [result[1:-1] for result in results if result.error is not None]
+        assert bad == [(None,) * 5] * 2
+
+
+def test_stream_reads_the_content_of_files(scorer: Scorer, images: Path) -> None:
+    names = ["square.png", "truncated.jpg", "wide.png", "not_an_image.jpg", "tall.jpg", "empty.png"]
+    contents = [(images / name).read_bytes() for name in names]
+    results = list(scorer.stream(contents, open_set=True))
+    expected = list(scorer.stream([images / name for name in names], open_set=True))
+    assert [result.image for result in results] == contents
+    for result, same, name in zip(results, expected, names, strict=True):
+        assert result[1:-1] == same[1:-1]
+        assert (result.error or "").replace("an image: ", f"{images / name}: ", 1) == (same.error or "")
+    assert [result.error is None for result in results] == [True, False] * 3
+
+
+def test_a_scorer_knows_its_checkpoint_and_prompt(scorer: Scorer, converted: Path) -> None:
+    checkpoint = Checkpoint.open(converted)
+    assert scorer.identity == checkpoint.identity
+    assert (scorer.prompt, scorer.dtype, scorer.batch_size) == ("scorer", "float32", 3)
+    other = Scorer(checkpoint, prompt="eval", dtype="bfloat16")
+    assert (other.identity, other.prompt, other.dtype, other.batch_size) == (scorer.identity, "eval", "bfloat16", 1)
+
+
 def test_stream_of_bad_images_alone_or_of_nothing(scorer: Scorer, images: Path) -> None:
     assert all(result.error for result in scorer.stream([images / "empty.png"] * 7))
     assert list(scorer.stream([])) == []
@@ -195,7 +237,9 @@ def test_predict_names_a_bad_image(scorer: Scorer, images: Path) -> None:
         scorer([images / "gray.png", images / "truncated.jpg"])
 
 
-@pytest.mark.parametrize("images", ["photo.jpg", [], np.zeros((4, 4, 3), np.uint8)])
+@pytest.mark.parametrize(
+    "images", ["photo.jpg", b"content", Path("x.png"), [], np.zeros((4, 4, 3), np.uint8)], ids=repr
+)
 def test_images_are_a_list_of_at_least_one(scorer: Scorer, images: Any) -> None:
     with pytest.raises(ValueError, match="a list of at least one image"):
         scorer(images)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-import math
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from deqa_jax.config import ConfigError
 from deqa_jax.files import first_of, read_json_value, write_text
 
+TASKS = ("score", "description")
 _NUMBERS = ("gt_score", "gt_score_norm", "std", "std_norm")
 _PROBS = ("level_probs", "level_probs_org")
 
@@ -32,6 +33,7 @@ class Item:
       level_probs_org: probabilities of excellent to bad before their correction.
       level_probs: probabilities of excellent to bad.
       conversations: turns of question and answer, `{"from": "human" or "gpt", "value": text}`.
+      task_type: `score` (also where it is not said) or `description`.
     """
 
     id: str
@@ -43,6 +45,7 @@ class Item:
     std: float | None = None
     std_norm: float | None = None
     conversations: tuple[Mapping[str, str], ...] | None = None
+    task_type: str | None = None
 
     def fields(self) -> dict[str, Any]:
         """What is known, in the published order."""
@@ -103,15 +106,19 @@ def parse_item(entry: Any) -> Item | str:
     turns = entry.get("conversations")
     if turns is not None and not (isinstance(turns, list) and all(map(_is_turn, turns))):
         return "conversations is not a list of turns with 'from' and 'value'"
+    if entry.get("task_type") not in (None, *TASKS):
+        return f"task_type {entry['task_type']!r} is not one of {', '.join(TASKS)}"
     known: dict[str, Any] = {name: float(entry[name]) for name in _NUMBERS if entry.get(name) is not None}
     known |= {name: tuple(map(float, entry[name])) for name in _PROBS if entry.get(name) is not None}
     if turns is not None:
         known["conversations"] = tuple(turns)
-    return Item(id=str(entry.get("id", image)), image=image, **known)
+    id = entry.get("id")
+    return Item(id=image if id is None else str(id), image=image, task_type=entry.get("task_type"), **known)
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # JSON's whole numbers may be larger than any float.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _is_turn(turn: Any) -> bool:

@@ -64,7 +64,7 @@ def read_published(mos_file: Path, split_file: Path) -> Opinions:
 
     def rows() -> Iterator[tuple[str, Mapping[str, Any]]]:
         for image, entry in scores.items():
-            yield f"{mos_file}: {image}", {"image": image, **(entry if isinstance(entry, dict) else {})}
+            yield f"{mos_file}: {image}", {**(entry if isinstance(entry, dict) else {}), "image": image}
 
     return _opinions(mos_file, rows(), lambda row: members.get(PurePosixPath(row["image"]).name))
 
@@ -92,6 +92,8 @@ def read_csv(path: Path, columns: Mapping[str, str], *, test_ratio: float, seed:
         raise OpinionError(f"{path}: no such file") from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise OpinionError(f"{path}: not a CSV file in UTF-8 ({error})") from error
+    if not header:
+        raise OpinionError(f"{path}: the first line does not name the columns")
     names = {column: columns.get(column, column) for column in COLUMNS}
     missing = [names[column] for column in COLUMNS if column in ("image", "mos", *columns)]
     missing = [name for name in missing if name not in header]
@@ -100,9 +102,11 @@ def read_csv(path: Path, columns: Mapping[str, str], *, test_ratio: float, seed:
             f"{path}: no column {', '.join(map(repr, missing))}; it has {', '.join(map(repr, header))}. "
             "Say which is which, for example --column mos=MOS"
         )
-    for where, row in rows:
-        if None in row:
-            raise OpinionError(f"{where}: more fields than the header has; put names with commas in quotes")
+    if repeated := sorted({name for name in names.values() if header.count(name) > 1}):
+        raise OpinionError(f"{path}: more than one column {', '.join(map(repr, repeated))}")
+    if longer := [where for where, row in rows if None in row]:
+        complaint = "more fields than the header has; put names with commas in quotes"
+        raise OpinionError(first_of([f"{where}: {complaint}" for where in longer]))
     known = [(where, {column: row.get(name) for column, name in names.items()}) for where, row in rows]
     if names["split"] in header:
         return _opinions(path, known, lambda row: row["split"] or None)
@@ -167,6 +171,6 @@ def _number(row: Mapping[str, Any], field: str) -> float | str:
         return f"there is no {field}"
     try:
         number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     return number if math.isfinite(number) else f"{field} {value!r} is not a number"

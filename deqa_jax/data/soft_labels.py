@@ -20,6 +20,8 @@ WEIGHTS = np.array(LEVEL_WEIGHTS)
 # What the published code adds to keep divisions and comparisons away from zero.
 _LEVEL_MARGIN = 1e-8
 _SLOPE_MARGIN = 1e-9
+# Deviations up to this one are rounding errors, whose density would overflow.
+_LEAST_STD = 1e-100
 
 
 class SoftLabels(NamedTuple):
@@ -78,7 +80,7 @@ def soft_labels(
 
 
 def _density(mos: Float[np.ndarray, "N"], std: Float[np.ndarray, "N"], density: str) -> Float[np.ndarray, "N 5"]:
-    known = (std > 0) & (density != "none")
+    known = (std > _LEAST_STD) & (density != "none")
     scale = np.where(known, std, np.nan)[:, None]
     if density == "cdf":
         above, below = WEIGHTS + 0.5 - mos[:, None], WEIGHTS - 0.5 - mos[:, None]

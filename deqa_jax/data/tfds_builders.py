@@ -5,14 +5,17 @@ TFDS keeps numbers in float32; the metas travel beside the records as they are, 
 """
 
 import contextlib
+import functools
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import array_record.python.array_record_module  # noqa: F401  # TFDS imports it late; its absence is to be said early
 import numpy as np
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core.dataset_builder import ShardBasedBuilder
 
 from deqa_jax.data.datasets import DATASETS, Dataset
 from deqa_jax.data.metas import Item, MetaError, parse_item, read_metas
@@ -21,8 +24,12 @@ from deqa_jax.files import first_of
 UNKNOWN = -10000.0
 """Stands in a record for a number that the metas do not have, as it does in published training."""
 
+# TFDS has a shard in memory while it writes it.
+_SHARD_BYTES = 256 << 20
 
-class Deqa(tfds.core.GeneratorBasedBuilder):
+
+# Not a GeneratorBasedBuilder: that one needs TensorFlow for more than a gigabyte.
+class Deqa(ShardBasedBuilder):
     """One configuration per dataset, named as the paper does; splits `test` and, for three of them, `train`.
 
     Args:
@@ -59,35 +66,48 @@ class Deqa(tfds.core.GeneratorBasedBuilder):
             disable_shuffling=True,  # the order of the metas is the order of the records
         )
 
-    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
+    def _shard_iterators_per_split(self, dl_manager: Any) -> Mapping[str, Sequence[Callable[[], Any]]]:
         if self._root is None:
             raise MetaError("to prepare records, say where the datasets are: Deqa(root=…)")
-        generators = {}
+        shards = {}
         for split in ("train", "test"):
             path = self.dataset.metas(self._root, split)
             # A folder may hold the images and metas of the test split only.
             if path is not None and (split == "test" or path.exists()):
                 items = read_metas(path)
-                missing = [x for x in (self._root / item.image for item in items) if not x.is_file()]
+                files = [self._root / item.image for item in items]
+                missing = [f"{file}: no such file" for file in files if not file.is_file()]
                 if missing:
-                    raise MetaError(first_of([f"{x}: no such file" for x in missing]))
+                    raise MetaError(first_of(missing))
                 self.info.metadata[split] = [item.fields() for item in items]
-                generators[split] = self._generate_examples(items)
-        return generators
+                shards[split] = [functools.partial(self._examples, items, part) for part in _shards(files)]
+        return shards
 
-    def _generate_examples(self, items: list[Item]) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _examples(self, items: Sequence[Item], indices: range) -> Iterator[tuple[int, dict[str, Any]]]:
         assert self._root is not None  # seen to before
-        for index, item in enumerate(items):
-            yield (
-                index,
-                {
-                    "id": item.id,
-                    "image": (self._root / item.image).read_bytes(),
-                    "mos": UNKNOWN if item.gt_score is None else item.gt_score,
-                    "std": UNKNOWN if item.std is None else item.std,
-                    "level_probs": (UNKNOWN,) * 5 if item.level_probs is None else item.level_probs,
-                },
-            )
+        for index in indices:
+            item = items[index]
+            example = {
+                "id": item.id,
+                "image": (self._root / item.image).read_bytes(),
+                "mos": UNKNOWN if item.gt_score is None else item.gt_score,
+                "std": UNKNOWN if item.std is None else item.std,
+                "level_probs": (UNKNOWN,) * 5 if item.level_probs is None else item.level_probs,
+            }
+            # TFDS 4.9.9 writes what it is given; later ones encode it, which does nothing the second time.
+            yield index, self.info.features.encode_example(example)
+
+
+def _shards(files: Sequence[Path]) -> Iterator[range]:
+    """Indices of the images of each shard."""
+    first = size = 0
+    for index, file in enumerate(files):
+        size += file.stat().st_size
+        if size >= _SHARD_BYTES:
+            yield range(first, index + 1)
+            first, size = index + 1, 0
+    if first < len(files):
+        yield range(first, len(files))
 
 
 def prepare(name: str, root: Path, out: Path) -> Path:
@@ -106,9 +126,21 @@ def prepare(name: str, root: Path, out: Path) -> Path:
     """
     # TFDS speaks on standard output, and wants a place for downloads even where there are none.
     with contextlib.redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as downloads:
-        builder = Deqa(config=name, data_dir=out, root=root)
+        with _damage_named(out, name):
+            builder = Deqa(config=name, data_dir=out, root=root)
         builder.download_and_prepare(download_dir=downloads, file_format="array_record")
     return Path(builder.data_dir)
+
+
+@contextlib.contextmanager
+def _damage_named(data_dir: Path, name: str) -> Iterator[None]:
+    """Names the records whose reading fails."""
+    try:
+        yield
+    # TFDS and ArrayRecord raise nearly anything on damaged files.
+    except Exception as error:
+        where = data_dir / Deqa.name / name
+        raise MetaError(f"{where}: damaged ({error}); remove it and prepare it again") from error
 
 
 class Records(NamedTuple):
@@ -124,19 +156,27 @@ def read_records(data_dir: Path, name: str, split: str) -> Records:
     Raises:
       MetaError: there are no records of this dataset or split, or they are damaged.
     """
-    builder = Deqa(config=name, data_dir=data_dir)
-    known = (builder.info.metadata or {}).get(split)
+    with _damage_named(data_dir, name):
+        builder = Deqa(config=name, data_dir=data_dir)
+        known = (builder.info.metadata or {}).get(split, [])
+        items = [item for item in map(parse_item, known) if isinstance(item, Item)]
+    if not Path(builder.data_dir).is_dir():
+        raise MetaError(f"{data_dir}: has no records of {name}; `deqa prepare` makes them")
     if not known or split not in builder.info.splits:
-        raise MetaError(f"{data_dir}: has no {split} records of {name}; `deqa prepare` makes them")
-    items = [item for item in map(parse_item, known) if isinstance(item, Item)]
-    source = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
+        raise MetaError(f"{builder.data_dir}: has no {split} records; remove it and prepare it again")
+    with _damage_named(data_dir, name):
+        source = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
     if not len(source) == len(items) == len(known):
         raise MetaError(f"{builder.data_dir}: damaged; remove it and prepare it again")
 
     def load(index: int) -> bytes:
-        record = source[index]
-        if record["id"].decode() != items[index].id:
-            raise MetaError(f"{builder.data_dir}: record {index} is not of {items[index].id}; prepare it again")
+        with _damage_named(data_dir, name):
+            record = source[index]
+            id = record["id"].decode()
+        if id != items[index].id:
+            raise MetaError(
+                f"{builder.data_dir}: record {index} is not of {items[index].id}; remove it and prepare it again"
+            )
         return record["image"]
 
     return Records(items, load)

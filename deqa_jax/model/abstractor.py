@@ -93,6 +93,7 @@ class Abstractor(nnx.Module):
         self.config = abstractor
         self.grid_size = config.vision.grid_size
         self.dtype = execution.dtype
+        self.remat = execution.remat
         self.queries = nnx.Param(
             normal(rngs.params(), (abstractor.num_queries, abstractor.hidden_size), execution.param_dtype)
         )
@@ -108,7 +109,11 @@ class Abstractor(nnx.Module):
         query_position = jnp.asarray(query_positions(self.config), self.dtype)[None]
         key_position = jnp.asarray(key_positions(self.config, self.grid_size), self.dtype)[None]
         x = jnp.broadcast_to(self.queries[...].astype(jnp.float32), (batch, *self.queries.shape))
-        x, _ = fold(self.layers, lambda block, x, _: (block(x, vision, query_position, key_position), None), x)
+
+        def step(block: AbstractorBlock, x: Array, nothing: None) -> tuple[Array, None]:
+            return block(x, vision, query_position, key_position), None
+
+        x, _ = fold(self.layers, step, x, remat=self.remat)
         x = self.projection(x.astype(self.dtype)).astype(jnp.float32)
         end = jnp.broadcast_to(self.end_token[...].astype(jnp.float32), (batch, 1, x.shape[-1]))
         return jnp.concatenate([x, end], axis=1)

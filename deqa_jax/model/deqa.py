@@ -71,13 +71,32 @@ class Deqa(nnx.Module):
         """
         vision = self.vision(images)
         visual_tokens = self.abstractor(vision)
-        text = self.language.embed(jnp.concatenate([before, after], axis=1))
-        split = before.shape[1]
-        x = jnp.concatenate([text[:, :split], visual_tokens, text[:, split:]], axis=1)
-        last, hidden_states = self.language(x, Layout(split, visual_tokens.shape[1], after.shape[1]))
+        x, layout = self._sequence(before, visual_tokens, after)
+        last, hidden_states = self.language(x, layout)
         return Forward(
             vision, visual_tokens, jnp.concatenate([x[None], hidden_states[:-1], last[None].astype(jnp.float32)])
         )
+
+    def answer_logits(
+        self, images: Float[Array, "B H W 3"], before: Int[Array, "P"], after: Int[Array, "B A"]
+    ) -> Float[Array, "B A V"]:
+        """Logits that predict each token of `after`, for training; `before` is the same text for every image.
+
+        Attention is causal, so what pads `after` at its end changes nothing in front of it.
+        """
+        before = jnp.broadcast_to(before[None], (after.shape[0], before.shape[0]))
+        x, layout = self._sequence(before, self.abstractor(self.vision(images)), after)
+        last, _ = self.language(x, layout)
+        start = layout.before + layout.visual - 1  # a token is predicted where the one before it stands
+        return self.language.logits(last[:, start : start + layout.after])
+
+    def _sequence(
+        self, before: Int[Array, "B P"], visual_tokens: Float[Array, "B V D"], after: Int[Array, "B A"]
+    ) -> tuple[Float[Array, "B T D"], Layout]:
+        text = self.language.embed(jnp.concatenate([before, after], axis=1))
+        split = before.shape[1]
+        x = jnp.concatenate([text[:, :split], visual_tokens, text[:, split:]], axis=1)
+        return x, Layout(split, visual_tokens.shape[1], after.shape[1])
 
     def prefill(self, before: Int[Array, "P"]) -> KeyValue:
         """Keys and values of the text in front of the image, which is the same for every image."""

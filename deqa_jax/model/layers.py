@@ -151,6 +151,7 @@ def fold(
     per_layer: Any = None,
     *,
     num_layers: int | None = None,
+    remat: str = "none",
 ) -> tuple[Any, Any]:
     """Runs `carry, out = step(block, carry, per_layer[i])` over the layers, first to last.
 
@@ -160,6 +161,7 @@ def fold(
       carry: what goes from layer to layer.
       per_layer: a pytree whose leaves have a leading layer axis, or None.
       num_layers: only so many of the first layers; all without it.
+      remat: what of a scanned layer is computed again in the backward pass; see `Execution`.
 
     Returns:
       The last carry, and the `out`s stacked on a leading layer axis (None where there are no layers to run).
@@ -179,6 +181,9 @@ def fold(
         layer, extra = inputs
         return step(nnx.merge(graphdef, layer), carry, extra)
 
+    if remat != "none":
+        policy = None if remat == "full" else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        run = jax.checkpoint(run, policy=policy, prevent_cse=False)
     if num_layers is None:
         return jax.lax.scan(run, carry, (state, per_layer))
     # Slicing the stack in front of the scan would copy most of the model; indexing inside it copies nothing more

@@ -151,6 +151,7 @@ class LanguageModel(nnx.Module):
     def __init__(self, config: LanguageConfig, *, execution: Execution, rngs: nnx.Rngs):
         self.config = config
         self.dtype = execution.dtype
+        self.remat = execution.remat
         self.embedding = nnx.Param(
             nnx.initializers.normal(EMBEDDING_STD)(
                 rngs.params(), (config.vocab_size, config.hidden_size), execution.param_dtype
@@ -174,7 +175,7 @@ class LanguageModel(nnx.Module):
             x, _ = block(x, layout, rotation)
             return x, x
 
-        x, hidden_states = fold(self.layers, step, x)
+        x, hidden_states = fold(self.layers, step, x, remat=self.remat)
         return self.final_norm(x), hidden_states
 
     def prefill(self, x: Float[Array, "1 P D"]) -> KeyValue:

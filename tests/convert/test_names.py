@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from recipe import published_shapes, recipe_tensors
 
-from deqa_jax.checkpoint import parameter_shapes
 from deqa_jax.config import PRESETS, DeqaConfig
 from deqa_jax.convert.hf import open_weights
 from deqa_jax.convert.names import PATCHES, ROTARY_FREQUENCIES, RULES, account, positions, rules_for
 from deqa_jax.convert.tensors import Tensor
+from deqa_jax.parameters import parameter_shapes
 
 
 def _resized(**parts: dict[str, Any]) -> DeqaConfig:

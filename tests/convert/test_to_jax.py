@@ -18,13 +18,14 @@ from opening import merge_adapter, open_published
 from recipe import recipe_tensors, to_ours
 from torch_writer import save_tensors
 
-from deqa_jax.checkpoint import Checkpoint, parameter_shapes
+from deqa_jax.checkpoint import Checkpoint
 from deqa_jax.cli import main
 from deqa_jax.config import PRESETS, DeqaConfig, to_published
 from deqa_jax.convert import to_jax
 from deqa_jax.convert.names import ROTARY_FREQUENCIES
 from deqa_jax.convert.tensors import ConversionError
 from deqa_jax.convert.to_jax import convert, locate, resolve
+from deqa_jax.parameters import parameter_shapes
 
 CONFIG = dataclasses.replace(PRESETS["test"], language=dataclasses.replace(PRESETS["test"].language, vocab_size=96))
 TENSORS = recipe_tensors(CONFIG)

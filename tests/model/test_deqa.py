@@ -13,9 +13,9 @@ import reference
 from flax import nnx
 from recipe import recipe_tensors, to_ours
 
-from deqa_jax.checkpoint import abstract_model, flatten, parameter_shapes, unflatten
 from deqa_jax.config import PRESETS, DeqaConfig, Execution
 from deqa_jax.model.deqa import Deqa, Forward
+from deqa_jax.parameters import abstract_model, flatten, parameter_shapes, unflatten
 from deqa_jax.preprocess import PreprocessConfig, load_square, normalize
 from deqa_jax.random_model import random_side_files
 

@@ -1,0 +1,1 @@
+"""Training: the optimiser, one step, and the loop around it."""

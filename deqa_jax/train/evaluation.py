@@ -1,0 +1,107 @@
+"""Scores of held-out images while a model trains, with the prompt and program of `deqa infer`."""
+
+import dataclasses
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import numpy as np
+import scipy.special
+from flax import nnx
+
+from deqa_jax import metrics
+from deqa_jax.checkpoint import Checkpoint
+from deqa_jax.data.metas import Item, MetaError, read_metas
+from deqa_jax.data.soft_labels import WEIGHTS, soft_labels
+from deqa_jax.parameters import Leaves, unflatten
+from deqa_jax.preprocess import load_square
+from deqa_jax.scorer import check_fit, programs
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """One file of metas with opinions of every image."""
+
+    name: str
+    items: Sequence[Item]
+    paths: Sequence[Path]
+
+
+def open_held_out(metas: Sequence[str], root: str) -> list[HeldOut]:
+    """Reads metas to evaluate on.
+
+    Raises:
+      MetaError: metas or images are missing, or have no gt_score, gt_score_norm and std_norm.
+    """
+    return [_open_one(Path(name), Path(root)) for name in metas]
+
+
+def _open_one(path: Path, root: Path) -> HeldOut:
+    items = read_metas(path)
+    for item in items:
+        if None in (item.gt_score, item.gt_score_norm, item.std_norm):
+            raise MetaError(f"{path}: {item.id}: evaluation needs gt_score, gt_score_norm and std_norm")
+        if not (root / item.image).is_file():
+            raise MetaError(f"{path}: there is no image {root / item.image}")
+    return HeldOut(path.stem, items, [root / item.image for item in items])
+
+
+class Evaluator:
+    """Scores sets with whatever parameters the model has by now."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        graphdef: nnx.GraphDef[object],
+        sets: Sequence[HeldOut],
+        *,
+        dtype: str,
+        batch_size: int,
+        sharding: jax.sharding.Sharding,
+    ):
+        self._preprocess = checkpoint.preprocess()
+        ids, level_ids = check_fit(checkpoint, self._preprocess, "eval")
+        self._prefill, self._run = programs(graphdef, ids, level_ids, self._preprocess, dtype)
+        self._sets, self._batch_size, self._sharding = sets, batch_size, sharding
+
+    def __call__(self, params: Leaves) -> dict[str, float]:
+        """SRCC and PLCC without a fit, JS, and the loss, each the mean over the sets.
+
+        The loss is the KL of soft labels, made of the opinions, from the five levels' probabilities.
+        """
+        tree = unflatten(params)
+        cache = self._prefill(tree)
+        results = [self._evaluate(one, tree, cache) for one in self._sets]
+        return {name: float(np.mean([result[name] for result in results])) for name in results[0]}
+
+    def _evaluate(self, one: HeldOut, tree: object, cache: object) -> dict[str, float]:
+        logits = []
+        for pixels, count in self._batches(one):
+            prediction = self._run(tree, cache, jax.device_put(pixels, self._sharding), open_set=False)
+            logits.append(np.asarray(prediction.logits)[:count])
+        probs = scipy.special.softmax(np.concatenate(logits).astype(np.float64), axis=1)
+        mean = probs @ WEIGHTS
+        std = np.sqrt((probs * (WEIGHTS - mean[:, None]) ** 2).sum(axis=1))
+        truth, truth_mean, truth_std = (
+            np.array([getattr(item, name) for item in one.items], np.float64)
+            for name in ("gt_score", "gt_score_norm", "std_norm")
+        )
+        labels = soft_labels(truth_mean, truth_std, density="pdf", min_std=0.2, max_error=0.1).probs
+        return {
+            "loss": float(scipy.special.rel_entr(labels, probs).sum(axis=1).mean()),
+            "srcc": metrics.srcc(mean, truth),
+            "plcc": metrics.plcc(mean, truth),
+            "js": float(metrics.js_divergence(truth_mean, truth_std, mean, std).mean()),
+        }
+
+    def _batches(self, one: HeldOut) -> Iterator[tuple[np.ndarray, int]]:
+        """Padded batches of pixels, and how many of them are images."""
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            squares = pool.map(lambda path: load_square(path, self._preprocess), one.paths)
+            while group := list(itertools.islice(squares, self._batch_size)):
+                batch = np.zeros((self._batch_size, *group[0].shape), np.uint8)
+                batch[: len(group)] = group
+                yield batch, len(group)

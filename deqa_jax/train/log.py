@@ -1,0 +1,66 @@
+"""What a run says of itself: JSON lines always, TensorBoard where tensorboardX is installed."""
+
+import contextlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from deqa_jax.files import write_text
+
+
+class Log:
+    """Appends a line a step and a line an evaluation; a run that goes on cuts off what it does again."""
+
+    def __init__(self, folder: Path, name: str):
+        self._path = folder / name
+        self._board: Any = None
+        with contextlib.suppress(ModuleNotFoundError):
+            from tensorboardX import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / "tensorboard"))
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = self._path.open("a", encoding="utf-8")
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def cut(self, step: int) -> None:
+        """Forgets what was said of steps from `step` on, and a torn last line."""
+        kept = []
+        for line in self._path.read_text(encoding="utf-8").splitlines(keepends=True):
+            with contextlib.suppress(ValueError):
+                entry = json.loads(line)
+                # An evaluation comes after its step.
+                if line.endswith("\n") and entry["step"] < step + ("evaluation" in entry):
+                    kept.append(line)
+        self._file.close()
+        write_text(self._path, "".join(kept))
+        self._file = self._path.open("a", encoding="utf-8")
+
+    def step(self, step: int, values: Mapping[str, float]) -> None:
+        """What a step came to."""
+        self._write({"step": step, **values})
+        self._show("train", step, values)
+
+    def evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        """What held-out images came to after `step` steps."""
+        self._write({"step": step, "evaluation": dict(values)})
+        self._show("evaluation", step, values)
+
+    def _write(self, entry: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(entry) + "\n")
+        self._file.flush()
+
+    def _show(self, group: str, step: int, values: Mapping[str, float]) -> None:
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(f"{group}/{name}", value, step)

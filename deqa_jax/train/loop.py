@@ -1,0 +1,272 @@
+"""`deqa train`: a run from its configuration to its best checkpoint, through any number of interruptions.
+
+The folder of a run has:
+
+    config.yaml       the configuration, every entry said
+    log.jsonl         a line a step, and a line an evaluation
+    checkpoints/      what the run is resumed from (Orbax)
+    best-<step>/      the checkpoint that evaluated best, or the last one; `deqa score --model` takes it
+    tensorboard/      the log again, where tensorboardX is installed
+"""
+
+import contextlib
+import logging
+import math
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+from deqa_jax import lora
+from deqa_jax.checkpoint import Checkpoint
+from deqa_jax.config import ConfigError, Execution
+from deqa_jax.data.pipeline import TrainingData, open_sets
+from deqa_jax.files import write_text
+from deqa_jax.parameters import Leaves, parameter_shapes
+from deqa_jax.scorer import check_fit, use_compilation_cache
+from deqa_jax.train.evaluation import Evaluator, open_held_out
+from deqa_jax.train.log import Log
+from deqa_jax.train.objective import Batch, Objective
+from deqa_jax.train.optimizer import make_optimizer, multipliers, schedule
+from deqa_jax.train.saving import Best, Progress, Saver
+from deqa_jax.train.settings import TrainConfig, write_config
+from deqa_jax.train.step import Task, TrainState, make_step
+
+CONFIG_FILE, LOG_FILE = "config.yaml", "log.jsonl"
+
+_logger = logging.getLogger(__name__)
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on; the message says why and what to do."""
+
+
+def train(config: TrainConfig) -> Path:
+    """Starts a run, or goes on with one.
+
+    Returns:
+      The folder of the best checkpoint: the one of the highest SRCC, or the last one if nothing is evaluated.
+
+    Raises:
+      ConfigError: the configuration does not fit the model or the run that its folder has.
+      MetaError: training or held-out metas are missing or malformed.
+      CheckpointError, ConversionError: the model cannot be opened.
+      TrainingError: the loss is no number any more, or the run was asked to stop; what was reached is saved.
+    """
+    use_compilation_cache()
+    run = _Run(config)
+    folder = Path(config.output)
+    _claim(folder, config)
+    with Log(folder, LOG_FILE) as log, Saver(folder, run.checkpoint, config.lora, keep=config.checkpoint.keep) as saver:
+        return run.train(log, saver)
+
+
+def _claim(folder: Path, config: TrainConfig) -> None:
+    """Writes the configuration into the run's folder, or sees that it is the one that is there."""
+    path, text = folder / CONFIG_FILE, write_config(config)
+    if not path.exists():
+        write_text(path, text)
+        return
+    before = path.read_text(encoding="utf-8").splitlines()
+    if before != text.splitlines():
+        changed = [line.strip() for line in text.splitlines() if line not in before]
+        raise ConfigError(
+            f"{folder} has a run of another configuration (now {', '.join(changed) or 'less is said'}); "
+            "give the same one to go on, or another output"
+        )
+
+
+def needed_fields(objective: Objective, *, pairs: bool) -> list[str]:
+    """Fields that metas of the rating task must have for this objective."""
+    needed = ["level_probs"] * objective.softkl_loss
+    if pairs:
+        needed += ["gt_score"] + ["std"] * objective.continuous_rating_loss
+    return needed
+
+
+class _Run:
+    """Everything that does not change while a run goes on."""
+
+    def __init__(self, config: TrainConfig):
+        # Where a model needs converting first, as for the scorer.
+        from deqa_jax.convert.to_jax import resolve
+
+        self.config = config
+        self.checkpoint = Checkpoint.open(resolve(config.model))
+        preprocess = self.checkpoint.preprocess()
+        _, level_ids = check_fit(self.checkpoint, preprocess, "eval")
+        self.data = TrainingData(
+            open_sets(config.data),
+            config.data,
+            self.checkpoint.tokenizer(),
+            preprocess,
+            needed=needed_fields(config.objective, pairs=config.data.pairs),
+            seed=config.seed,
+        )
+        held_out = open_held_out(config.evaluation.metas, config.data.root)
+
+        mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+        self.replicated = NamedSharding(mesh, PartitionSpec())
+        self.sharded = NamedSharding(mesh, PartitionSpec("data"))
+        self.batch_size = config.batch_size_per_device * jax.device_count()
+        self.steps = config.steps or math.ceil(config.epochs * self.data.epoch / self.batch_size)
+
+        self.shapes = parameter_shapes(self.checkpoint.config)
+        self.adapters = {} if config.lora is None else lora.adapter_shapes(self.shapes, config.lora)
+        self.shapes = {**self.shapes, **self.adapters}
+        rates = multipliers(self.shapes, config.parameters)
+        self.trained = {path: rate for path, rate in rates.items() if rate}
+        if idle := ["/".join(path) for path in self.adapters if path not in self.trained]:
+            raise ConfigError(f"parameters: {', '.join(idle)} are frozen; adapters are there to be trained")
+        updates = math.ceil(self.steps / config.optimizer.accumulate)
+        self.rate = schedule(config.optimizer, updates)
+        self.optimizer = make_optimizer(config.optimizer, updates, self.trained)
+        task = Task(
+            self.checkpoint.config,
+            preprocess,
+            self.data.before,
+            level_ids,
+            config.objective,
+            Execution(dtype=config.dtype, remat=config.remat),
+            config.lora,
+            config.seed,
+        )
+        self.step = jax.jit(make_step(task, self.optimizer, self.shapes), donate_argnums=0)
+        self.evaluate = Evaluator(
+            self.checkpoint,
+            task.graph(training=False),
+            held_out,
+            dtype=config.dtype,
+            batch_size=-(-config.evaluation.batch_size // jax.device_count()) * jax.device_count(),
+            sharding=self.sharded,
+        )
+        self.evaluates = bool(held_out)
+
+    # ---- parameters and batches ---------------------------------------------------------------------------
+
+    def first_state(self) -> TrainState:
+        """The state before the first step."""
+        params = self.checkpoint.restore("float32", only=self.trained.keys() - self.adapters.keys())
+        params |= lora.init(self.adapters, jax.random.key(self.config.seed))
+        params = {path: leaf for path, leaf in params.items() if path in self.trained}
+        return self.place(TrainState(jnp.int32(0), params, jax.jit(self.optimizer.init)(params)))
+
+    def frozen(self) -> Leaves:
+        """Parameters that are not trained, in the dtype that they are used in."""
+        frozen = self.checkpoint.restore(self.config.dtype, only=self.shapes.keys() - self.trained.keys())
+        return self.place(frozen)
+
+    def place(self, tree: Any) -> Any:
+        """Puts arrays on every device."""
+        return jax.device_put(tree, self.replicated)
+
+    def batch(self, rows: dict[str, np.ndarray]) -> Batch:
+        """This process's rows of a batch, as its part of the whole on the devices."""
+        return Batch(**{name: jax.make_array_from_process_local_data(self.sharded, x) for name, x in rows.items()})
+
+    # ---- the loop -----------------------------------------------------------------------------------------
+
+    def train(self, log: Log, saver: Saver) -> Path:
+        """Runs what is left of the steps."""
+        state, frozen, progress = self.first_state(), self.frozen(), Progress()
+        rows = self.data.batches(self.batch_size, process=jax.process_index(), processes=jax.process_count())
+        if saved := saver.restore(state):
+            state, progress, data_state = saved
+            rows.set_state(data_state)
+            _logger.info("going on after step %d of %d", progress.step, self.steps)
+        log.cut(progress.step)
+        if progress.step < self.steps:
+            with _until_told_to_stop() as told, self._bar(progress.step) as bar:
+                steps = self._steps(state, frozen, rows, progress.step)
+                for step, state, metrics, data_state in steps:
+                    self._report(log, bar, step, metrics)
+                    progress = progress._replace(step=step + 1)
+                    if self._is_due(step, self.config.evaluation.every) and self.evaluates:
+                        progress = self._evaluated(log, saver, state, frozen, progress)
+                    if self._is_due(step, self.config.checkpoint.every) or told:
+                        saver.save(state, progress, data_state)
+                    if told and step + 1 < self.steps:
+                        saver.wait()
+                        raise TrainingError(
+                            f"asked to stop after step {step + 1} of {self.steps}; saved. The same command goes on"
+                        )
+            saver.wait()
+        if progress.best is None:
+            saver.save_best(self._to_keep(state, frozen), {}, progress.step)
+        return saver.best_folder(progress)
+
+    def _steps(
+        self, state: TrainState, frozen: Leaves, rows: Any, start: int
+    ) -> Iterator[tuple[int, TrainState, dict[str, Any], Any]]:
+        """Steps with their state, metrics and what the data go on from; the next batch is read as a step runs."""
+        batch, data_state = self.batch(next(rows)), rows.get_state()
+        for step in range(start, self.steps):
+            state, metrics = self.step(state, frozen, batch)
+            resume_at = data_state
+            if step + 1 < self.steps:
+                batch, data_state = self.batch(next(rows)), rows.get_state()
+            yield step, state, metrics, resume_at
+
+    def _is_due(self, step: int, every: int) -> bool:
+        return (step + 1) % every == 0 or step + 1 == self.steps
+
+    def _bar(self, start: int) -> "tqdm[Any]":
+        images = self.batch_size * (2 if self.config.data.pairs else 1)
+        return tqdm(
+            total=self.steps * images,
+            initial=start * images,
+            unit="image",
+            unit_scale=True,
+            file=sys.stderr,
+            disable=None,
+        )
+
+    def _to_keep(self, state: TrainState, frozen: Leaves) -> Leaves:
+        """What a checkpoint of the model has: with adapters, what was trained alone."""
+        return state.params if self.config.lora else {**frozen, **state.params}
+
+    def _report(self, log: Log, bar: "tqdm[Any]", step: int, metrics: dict[str, Any]) -> None:
+        values = {name: float(value) for name, value in metrics.items() if value.ndim == 0}
+        if not all(map(math.isfinite, values.values())):
+            wrong = ", ".join(f"{name} {value}" for name, value in values.items() if not math.isfinite(value))
+            raise TrainingError(
+                f"step {step}: {wrong}; try a lower optimizer.learning_rate. "
+                f"{self.config.output} has the checkpoints before"
+            )
+        rate = float(self.rate(step // self.config.optimizer.accumulate))
+        log.step(step, {**values, "learning_rate": rate})
+        bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
+        bar.update(self.batch_size * (2 if self.config.data.pairs else 1))
+
+    def _evaluated(self, log: Log, saver: Saver, state: TrainState, frozen: Leaves, progress: Progress) -> Progress:
+        found = self.evaluate({**frozen, **state.params})
+        log.evaluation(progress.step, found)
+        _logger.info(
+            "step %d: held-out loss %.4f, SRCC %.4f, PLCC %.4f, JS %.4f",
+            progress.step, found["loss"], found["srcc"], found["plcc"], found["js"],
+        )  # fmt: skip
+        best = progress.best
+        # A correlation that does not exist is worse than any.
+        score = found["srcc"] if math.isfinite(found["srcc"]) else -math.inf
+        if best is not None and score <= best.srcc:
+            return progress
+        saver.save_best(self._to_keep(state, frozen), found, progress.step)
+        return progress._replace(best=Best(progress.step, score))
+
+
+@contextlib.contextmanager
+def _until_told_to_stop() -> Iterator[list[int]]:
+    """A list that is empty until SIGTERM comes, as it does before a machine is taken away."""
+    told: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
+    try:
+        yield told
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,111 @@
+"""What runs are made of in tests: a model whose steps cost milliseconds, pictures, and metas of them."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from recipe import recipe_tensors, to_ours
+
+from deqa_jax.checkpoint import PREPROCESSOR_FILE, write_checkpoint
+from deqa_jax.config import PRESETS
+from deqa_jax.files import new_folder
+from deqa_jax.prompt import LEVELS
+from deqa_jax.random_model import random_side_files
+
+_TEST = PRESETS["test"]
+TINY = dataclasses.replace(
+    _TEST,
+    vision=dataclasses.replace(_TEST.vision, image_size=28, num_layers=1),
+    abstractor=dataclasses.replace(_TEST.abstractor, num_queries=4, num_layers=1),
+    language=dataclasses.replace(_TEST.language, vocab_size=480, num_layers=2),
+)
+QUESTIONS = (
+    "Rate the quality of this image.\n<|image|>",
+    "What do you think about the quality of this picture?\n<|image|>",
+)
+
+
+@dataclasses.dataclass
+class _Made:
+    """A parameter in memory."""
+
+    array: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.array.dtype
+
+    def read(self) -> np.ndarray:
+        return self.array
+
+
+def write_tiny(out: Path, *, seed: int = 0, poison: bool = False) -> Path:
+    """A converted checkpoint of the golden recipe's weights, float32; poisoned, one of them is no number."""
+    leaves = to_ours(TINY, recipe_tensors(TINY, seed))
+    if poison:
+        leaves["language", "final_norm", "scale"][3] = np.nan
+    side_files = random_side_files()
+    preprocessor = {**json.loads(side_files[PREPROCESSOR_FILE]), "size": 28, "crop_size": 28}
+    side_files[PREPROCESSOR_FILE] = json.dumps(preprocessor).encode()
+    with new_folder(out) as temporary:
+        write_checkpoint(
+            temporary,
+            config=TINY,
+            leaves={path: _Made(array) for path, array in leaves.items()},
+            side_files=side_files,
+            published_config=None,
+            provenance={"source": f"a test, seed {seed}"},
+        )
+    return out
+
+
+def rating(index: int) -> dict[str, Any]:
+    """A meta of the rating task, with every field."""
+    random = np.random.default_rng(index)
+    return {
+        "id": f"{index}->{index / 7}",
+        "image": f"pictures/{index}.png",
+        "gt_score": 100 * float(random.random()),
+        "gt_score_norm": 1 + 4 * float(random.random()),
+        "std": 5 + 10 * float(random.random()),
+        "std_norm": 0.3 + 0.5 * float(random.random()),
+        "level_probs": random.dirichlet(np.ones(5)).tolist(),
+        "conversations": [
+            {"from": "human", "value": QUESTIONS[index % 2]},
+            {"from": "gpt", "value": f"The quality of the image is {LEVELS[index % 5]}."},
+        ],
+    }
+
+
+def description(index: int, answer: str = "It is noisy and a little dark.") -> dict[str, Any]:
+    """A meta of the description task, with what it must have."""
+    return {
+        "id": f"d{index}",
+        "image": f"pictures/{index}.png",
+        "task_type": "description",
+        "conversations": [
+            {"from": "human", "value": "<|image|>Describe the distortion."},
+            {"from": "gpt", "value": answer},
+        ],
+    }
+
+
+def write_metas(root: Path, name: str, entries: Sequence[dict[str, Any]]) -> Path:
+    """Metas, and a picture of 40 to 120 pixels for each of them, below `root`."""
+    for entry in entries:
+        path = root / entry["image"]
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            random = np.random.default_rng(int(path.stem))
+            height, width = random.integers(40, 121, 2)
+            Image.fromarray(random.integers(0, 256, (height, width, 3), np.uint8)).save(path)
+    (root / name).write_text(json.dumps(entries))
+    return root / name
