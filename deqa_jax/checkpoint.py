@@ -67,6 +67,19 @@ def is_checkpoint(folder: Path) -> bool:
         return False
 
 
+class InMemory:
+    """A parameter that is in memory already."""
+
+    def __init__(self, array: jax.Array | np.ndarray):
+        self.shape = array.shape
+        self.dtype = np.dtype(array.dtype)
+        self._array = array
+
+    def read(self) -> np.ndarray:
+        """On the host."""
+        return np.asarray(self._array)
+
+
 # ---- writing ----------------------------------------------------------------------------------------------
 
 
@@ -230,7 +243,9 @@ class Checkpoint:
             made_of.pop("source", None)
             made_of.pop("base", None)
         dtypes = {"/".join(path): str(leaf.dtype) for path, leaf in self.stored.items()}
-        parts = [dataclasses.asdict(self.config), made_of, dtypes]
+        files = [(self.folder / name).read_bytes() for name in (TOKENIZER_FILE, PREPROCESSOR_FILE)]
+        digests = [hashlib.sha256(content).hexdigest() for content in files]
+        parts = [dataclasses.asdict(self.config), made_of, dtypes, digests]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     @functools.cached_property
@@ -299,7 +314,8 @@ class Checkpoint:
         """Reads one parameter into host memory."""
         if self.adapter is None or (path in self.own and path not in self._adapted):
             return self._restore({path: self.own[path]}, None, None)[path]
-        base = self.adapter.base.read_leaf(path)
+        # A kernel may have been trained beside its adapter.
+        base = self.read_own(path) if path in self.own else self.adapter.base.read_leaf(path)
         if path not in self._adapted or self.adapter.lora is None:
             return base
         a, b = (self.read_own((*path[:-1], name)) for name in (lora.A, lora.B))

@@ -23,9 +23,10 @@ _FAILED, _INTERRUPTED = 1, 130
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs `deqa`. Exits with 0 on complete success, 1 if something failed, 2 on bad usage."""
     whole = parser()
-    options, options.overrides = whole.parse_known_args(arguments)
-    if options.overrides and options.command != "train":
-        whole.error(f"unrecognized arguments: {' '.join(options.overrides)}")
+    options, unknown = whole.parse_known_args(arguments)
+    options.overrides = unknown
+    if unknown and options.command != "train":
+        whole.error(f"unrecognized arguments: {' '.join(unknown)}")
     if options.version:
         import importlib.metadata
 
@@ -166,6 +167,8 @@ def _evaluate(options: argparse.Namespace) -> int:
             from deqa_jax.report import report_page
         except ModuleNotFoundError as error:
             return _fail(f"{error}; reports need an extra: pip install 'deqa-jax[plots]'", _FAILED)
+        if options.report.exists() and not options.report.is_dir():
+            raise NotADirectoryError(f"{options.report} is no folder")
         refuse_existing(page)
     try:
         evaluations = [

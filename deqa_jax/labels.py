@@ -60,6 +60,7 @@ class LabelSettings:
       scale: lowest and highest possible score; those that occur without it.
       invert: whether low scores are good (DMOS).
       answer: what the model is to say, with `{}` for the level.
+      flat_middle: a quirk of the published labels, see `soft_labels`.
     """
 
     image_folder: str = ""
@@ -69,6 +70,7 @@ class LabelSettings:
     scale: Sequence[float] | None = None
     invert: bool = False
     answer: str = ANSWER
+    flat_middle: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +126,14 @@ def make_labels(opinions: Opinions, settings: LabelSettings = LabelSettings()) -
             "are they on the scale of the scores?",
             (std > 2).sum(),
         )
-    labels = soft_labels(mos, std, density=settings.density, min_std=settings.min_std, max_error=settings.max_error)
+    labels = soft_labels(
+        mos,
+        std,
+        density=settings.density,
+        min_std=settings.min_std,
+        max_error=settings.max_error,
+        flat_middle=settings.flat_middle,
+    )
     levels = one_hot_level(scores, low, high)
     answers = level_texts(levels, settings.answer)
     draw = random.Random(_QUESTION_SEED)
@@ -310,6 +319,7 @@ def _read_config(path: Path) -> list[tuple[str, LabelSettings, dict[str, Path]]]
                 min_std=float(entry["thre_std"]),
                 max_error=float(entry["thre_diff"]),
                 answer=str(answer),
+                flat_middle=True,
             ),
             {key: Path(entry[key]) for key in _KEYS[:4]},
         )

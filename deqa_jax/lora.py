@@ -23,6 +23,8 @@ from deqa_jax.parameters import Leaves, ParamPath
 
 A, B = "lora_a", "lora_b"
 _DROPOUT_KEY = "dropout_key"
+# The head's kernel is read without its layer, so an adapter there would do nothing.
+_HEAD = "language/head"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,13 +84,14 @@ def wrap(model: Deqa, config: LoraConfig, *, training: bool) -> Deqa:
     """Puts adapters on an abstract model, in place; dropout only where it is for training.
 
     Raises:
-      ConfigError: a target matches no dense layer.
+      ConfigError: a target matches no dense layer that can be adapted.
     """
     layers = {
         "/".join(map(str, path)): (path, module)
         for path, module in nnx.iter_modules(model)
         if isinstance(module, nnx.Linear)
     }
+    del layers[_HEAD]
     chosen = [name for name in layers if any(re.fullmatch(target, name) for target in config.targets)]
     idle = [target for target in config.targets if not any(re.fullmatch(target, name) for name in layers)]
     if idle:
@@ -106,7 +109,8 @@ def adapter_shapes(shapes: Mapping[ParamPath, tuple[int, ...]], config: LoraConf
     """Shapes of the adapters' matrices, for a model with these parameters."""
     adapters = {}
     for path, shape in shapes.items():
-        if path[-1] == "kernel" and any(re.fullmatch(target, "/".join(path[:-1])) for target in config.targets):
+        name = "/".join(path[:-1])
+        if path[-1] == "kernel" and name != _HEAD and any(re.fullmatch(target, name) for target in config.targets):
             *stacked, inputs, outputs = shape
             adapters[(*path[:-1], A)] = (*stacked, inputs, config.rank)
             adapters[(*path[:-1], B)] = (*stacked, config.rank, outputs)

@@ -6,11 +6,10 @@ import logging
 from pathlib import Path
 
 import jax
-import numpy as np
 import sentencepiece
 from flax import nnx
 
-from deqa_jax.checkpoint import PREPROCESSOR_FILE, TOKENIZER_FILE, write_checkpoint
+from deqa_jax.checkpoint import PREPROCESSOR_FILE, TOKENIZER_FILE, InMemory, write_checkpoint
 from deqa_jax.config import PRESETS, Execution
 from deqa_jax.files import new_folder, refuse_existing
 from deqa_jax.model.deqa import Deqa
@@ -32,18 +31,6 @@ _PREPROCESSOR = {
 }
 
 
-class _Made:
-    """A parameter that is in memory already."""
-
-    def __init__(self, array: jax.Array):
-        self.shape = array.shape
-        self.dtype = np.dtype(array.dtype)
-        self._array = array
-
-    def read(self) -> np.ndarray:
-        return np.asarray(self._array)
-
-
 def init(out: Path, *, size: str = "test", seed: int = 0, dtype: str = "float32") -> None:
     """Makes a converted checkpoint of random weights, with a small vocabulary of its own.
 
@@ -61,7 +48,7 @@ def init(out: Path, *, size: str = "test", seed: int = 0, dtype: str = "float32"
     config = PRESETS[size]
     execution = Execution(param_dtype=dtype)
     state = jax.jit(lambda key: nnx.state(Deqa(config, execution=execution, rngs=nnx.Rngs(key))))(jax.random.key(seed))
-    leaves = {path: _Made(array) for path, array in flatten(nnx.to_pure_dict(state)).items()}
+    leaves = {path: InMemory(array) for path, array in flatten(nnx.to_pure_dict(state)).items()}
     with new_folder(out) as temporary:
         write_checkpoint(
             temporary,

@@ -93,3 +93,17 @@ def converted(published: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     out = tmp_path_factory.mktemp("converted") / "M"
     convert(str(published), out, dtype="float32")
     return out
+
+
+@pytest.fixture
+def deqa(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[Any, str, str]]:
+    """Runs a command line: exit status, standard output, standard error."""
+    from deqa_jax.cli import main
+
+    def run(*arguments: Any) -> tuple[Any, str, str]:
+        with pytest.raises(SystemExit) as exit:
+            main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return exit.value.code, captured.out, captured.err
+
+    return run

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from deqa_jax.parameters import parameter_shapes
 from deqa_jax.config import DeqaConfig
 from deqa_jax.convert.names import positions, rules_for
+from deqa_jax.parameters import parameter_shapes
 
 _EMBEDDINGS = ("embed_tokens", "query_embeds", "vit_eos", "cls_token", "position_embedding")
 _GAINS = {

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from recipe import recipe_tensors, to_ours
 
-from deqa_jax.checkpoint import PREPROCESSOR_FILE, write_checkpoint
+from deqa_jax.checkpoint import PREPROCESSOR_FILE, InMemory, write_checkpoint
 from deqa_jax.config import PRESETS
 from deqa_jax.files import new_folder
 from deqa_jax.prompt import LEVELS
@@ -29,24 +29,6 @@ QUESTIONS = (
 )
 
 
-@dataclasses.dataclass
-class _Made:
-    """A parameter in memory."""
-
-    array: np.ndarray
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.array.shape
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.array.dtype
-
-    def read(self) -> np.ndarray:
-        return self.array
-
-
 def write_tiny(out: Path, *, seed: int = 0, poison: bool = False) -> Path:
     """A converted checkpoint of the golden recipe's weights, float32; poisoned, one of them is no number."""
     leaves = to_ours(TINY, recipe_tensors(TINY, seed))
@@ -59,7 +41,7 @@ def write_tiny(out: Path, *, seed: int = 0, poison: bool = False) -> Path:
         write_checkpoint(
             temporary,
             config=TINY,
-            leaves={path: _Made(array) for path, array in leaves.items()},
+            leaves={path: InMemory(array) for path, array in leaves.items()},
             side_files=side_files,
             published_config=None,
             provenance={"source": f"a test, seed {seed}"},

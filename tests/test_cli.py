@@ -16,25 +16,11 @@ import pytest
 
 from deqa_jax import random_model
 from deqa_jax.checkpoint import Checkpoint, CheckpointError
-from deqa_jax.cli import main
 from deqa_jax.prompt import LEVELS
 from deqa_jax.scorer import Scorer
 
 COMMANDS = ("score", "infer", "evaluate", "labels", "train", "prepare", "convert", "export", "info", "init")
 UNREADABLE = {"empty.png", "not_an_image.jpg", "truncated.jpg"}
-
-
-@pytest.fixture
-def deqa(capsys):
-    """Runs a command line: exit status, standard output, standard error."""
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as exit:
-            main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return exit.value.code, captured.out, captured.err
-
-    return run
 
 
 def start(*arguments, **options):

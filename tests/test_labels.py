@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deqa_jax import labels as labels_module
-from deqa_jax.cli import main
 from deqa_jax.config import ConfigError
 from deqa_jax.data.metas import read_metas
 from deqa_jax.data.opinions import OpinionError, Opinions, read_published
@@ -25,19 +24,6 @@ PUBLISHED = GOLDEN / "soft_labels"
 CONFIG = json.loads((PUBLISHED / "config.json").read_text())
 SETS = list(CONFIG["datasets"])
 ROW = re.compile(r"^(?P<name>\S+) +(?P<kind>density as it is|soft|one-hot) +(?P<numbers>.*)$", re.MULTILINE)
-
-
-@pytest.fixture
-def deqa(capsys):
-    """Runs a command line: exit status, standard output, standard error."""
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as exit:
-            main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return exit.value.code, captured.out, captured.err
-
-    return run
 
 
 def is_sentence(text):
@@ -496,7 +482,7 @@ def test_what_is_written_is_what_was_made(place):
     label_published(place / "config.json")
     for name in ("good", "other"):
         opinions = read_published(place / f"{name}_mos.json", place / f"{name}_split.json")
-        labels = make_labels(opinions, LabelSettings(image_folder=name, answer="It is {}."))
+        labels = make_labels(opinions, LabelSettings(image_folder=name, answer="It is {}.", flat_middle=True))
         for split in ("train", "test"):
             assert read_metas(place / "out" / name / f"{split}.json") == labels.items[split]
 
@@ -517,6 +503,12 @@ def test_the_table_has_a_dash_for_what_does_not_exist(place):
     assert rows["density as it is"] == ["-"] * 5
     assert rows["soft"] == ["0.0000", "0.0000", "-", "1.0000", "1.0000"]
     assert "nan" not in table
+
+
+def test_a_set_may_be_called_like_a_number(place):
+    (place / "scores.csv").rename(place / "2019.10.csv")
+    table = label_csv(place / "2019.10.csv", place / "out", LabelSettings(), columns={})
+    assert [match["name"] for match in ROW.finditer(table)] == ["2019.10"] * 3
 
 
 # ---- nothing is left behind or overwritten ----------------------------------------------------------------
@@ -923,3 +915,15 @@ def test_negative_scales_are_numbers_not_options(place, deqa):
     (place / "scores.csv").write_text("image,mos\na.png,-3\nb.png,0\n")
     assert deqa("labels", "--csv", "scores.csv", "--out", "out", "--scale", "-4", "0", "--test-ratio", "0")[0] == 0
     assert [item.gt_score_norm for item in read_metas(place / "out" / "train.json")] == [2, 5]
+
+
+def test_a_score_in_the_middle_keeps_its_spread_in_ones_own_labels(tmp_path, deqa):
+    (tmp_path / "scores.csv").write_text(
+        "image,mos,std,split\na.png,3,0.7,train\nb.png,1,0.7,train\nc.png,5,0.7,test\n"
+    )
+    status, _, _ = deqa("labels", "--csv", tmp_path / "scores.csv", "--scale", "1", "5", "--out", tmp_path / "out")
+    probs = json.loads((tmp_path / "out" / "train.json").read_text())[0]["level_probs"]
+    assert status == 0
+    assert probs[2] > 0.5
+    assert probs[1] == pytest.approx(probs[3], abs=1e-12)
+    assert sum(p * w for p, w in zip(probs, (5, 4, 3, 2, 1), strict=True)) == pytest.approx(3, abs=1e-6)

@@ -16,7 +16,9 @@ from deqa_jax.config import PRESETS, Execution
 from deqa_jax.parameters import abstract_model, flatten, parameter_shapes, unflatten
 
 TREES = st.recursive(
-    st.integers(), lambda nodes: st.dictionaries(st.text("abc", max_size=3), nodes, min_size=1, max_size=3), max_leaves=12
+    st.integers(),
+    lambda nodes: st.dictionaries(st.text("abc", max_size=3), nodes, min_size=1, max_size=3),
+    max_leaves=12,
 ).filter(lambda tree: isinstance(tree, dict))
 
 

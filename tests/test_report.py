@@ -289,6 +289,19 @@ def test_calibration_is_the_mean_of_what_falls_into_a_tenth() -> None:
         np.testing.assert_allclose(lines[level], wanted, rtol=0, atol=1e-12)
 
 
+def test_every_plot_is_of_the_columns_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[Any, ...]] = []
+    for name in ("_scatter", "_deviations", "_calibration"):
+        monkeypatch.setattr(report, name, lambda axes, *columns: drawn.append(columns))
+    sets = [evaluation(made(seed=seed)) for seed in range(2)]
+    page_of(*sets)
+    wanted: list[tuple[Any, ...]] = []
+    for each in sets:
+        of = each.predictions
+        wanted += [(each,), (of.std, of.gt_std), (of.probs, of.gt_mean, of.gt_std)]
+    assert [[id(column) for column in columns] for columns in drawn] == [[id(x) for x in columns] for columns in wanted]
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_very_small_and_uniform_sets_are_drawn_without_a_warning(count: int) -> None:
     predictions = made(count=count)

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,8 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from recipe import recipe_tensors, to_ours
 
+from deqa_jax import lora
+from deqa_jax.checkpoint import Adapter, Checkpoint, write_checkpoint
 from deqa_jax.config import PRESETS, DeqaConfig, Execution
 from deqa_jax.convert.names import RULES
+from deqa_jax.files import new_folder
 from deqa_jax.lora import LoraConfig
 from deqa_jax.parameters import Leaves, parameter_shapes
 from deqa_jax.preprocess import PreprocessConfig, load_square
@@ -29,6 +32,11 @@ LEVEL_IDS = (15129, 1781, 6534, 6460, 4319)
 LEVEL_PREFIX = (450, 11029, 310, 278, 1967, 338)
 # Absent fields of the published metas.
 ABSENT = -10000.0
+
+
+def jit(function: Callable[..., Any], **options: Any) -> Any:
+    """`jax.jit` that compiles in half the time; what is run once or twice need not be fast."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0}, **options)
 
 
 @functools.cache
@@ -134,7 +142,9 @@ def _golden_images(specs: Sequence[Any]) -> np.ndarray:
 
     rows = []
     for spec in specs:
-        task, *indices = spec if isinstance(spec, list) and isinstance(spec[0], str) else ["score", *np.atleast_1d(spec)]
+        task, *indices = (
+            spec if isinstance(spec, list) and isinstance(spec[0], str) else ["score", *np.atleast_1d(spec)]
+        )
         rows.append(np.stack([square(metas[task][i]["image"]) for i in indices]))
     return np.stack(rows)
 
@@ -199,10 +209,6 @@ def small_leaves(seed: int = 0) -> Leaves:
     return {path: jnp.array(leaf) for path, leaf in small_arrays(seed).items()}
 
 
-def small_shapes(lora_shapes: Mapping[tuple[str, ...], tuple[int, ...]] = {}) -> dict[Any, Any]:  # noqa: B006
-    return {**parameter_shapes(SMALL), **lora_shapes}
-
-
 def small_batch(size: int = 3, sides: int = 2, *, seed: int = 0, descriptions: Sequence[int] = ()) -> Batch:
     """A batch as the pipeline makes them: question, answer with a level word and its end, padding."""
     random = np.random.default_rng(seed)
@@ -227,3 +233,66 @@ def small_batch(size: int = 3, sides: int = 2, *, seed: int = 0, descriptions: S
         is_score=is_score,
     )
     return jax.tree.map(jnp.asarray, batch)
+
+
+# ---- adapters ---------------------------------------------------------------------------------------------
+
+QUERY, VALUE = ("language", "layers", "query"), ("language", "layers", "value", "visual")
+
+
+def small_adapters(config: LoraConfig = SMALL_LORA, seed: int = 0, shapes: Any = None) -> Leaves:
+    """Adapters as after some training: both matrices random."""
+    random = np.random.default_rng(seed)
+    shapes = lora.adapter_shapes(parameter_shapes(SMALL) if shapes is None else shapes, config)
+    return {path: jnp.asarray(random.normal(0, 0.2, shape).astype(np.float32)) for path, shape in shapes.items()}
+
+
+@dataclasses.dataclass
+class Made:
+    array: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(self.array.dtype)
+
+    def read(self) -> np.ndarray:
+        return np.asarray(self.array)
+
+
+def write_adapter(
+    folder: Path, leaves: Mapping[Any, Any], base: Checkpoint, config: LoraConfig | None, **options: Any
+) -> Path:
+    with new_folder(folder) as temporary:
+        write_checkpoint(
+            temporary,
+            config=base.config,
+            leaves={path: Made(leaf) for path, leaf in leaves.items()},
+            side_files={
+                name: (base.folder / name).read_bytes() for name in ("tokenizer.model", "preprocessor_config.json")
+            },
+            published_config=base.published_config,
+            provenance={"source": "a run"},
+            **({"adapter": Adapter(base, config)} | options),
+        )
+    return folder
+
+
+def trained_leaves(config: LoraConfig = SMALL_LORA) -> dict[Any, np.ndarray]:
+    """Adapters, and two parameters that were trained beside them."""
+    found = {path: np.asarray(leaf) for path, leaf in small_adapters(config, shapes=parameter_shapes(_TEST)).items()}
+    for path in (("vision", "post_norm", "scale"), ("abstractor", "layers", "up", "kernel")):
+        found[path] = golden_leaves()[path] * np.float32(1.25)
+    return found
+
+
+def merged_leaves(config: LoraConfig = SMALL_LORA) -> dict[Any, np.ndarray]:
+    trained = trained_leaves(config)
+    whole = {**golden_leaves(), **{path: leaf for path, leaf in trained.items() if "lora" not in path[-1]}}
+    for path in (QUERY, VALUE):
+        update = trained[*path, lora.A] @ trained[*path, lora.B]
+        whole[*path, "kernel"] = whole[*path, "kernel"] + np.float32(config.scale) * update
+    return whole

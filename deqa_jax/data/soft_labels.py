@@ -20,6 +20,8 @@ WEIGHTS = np.array(LEVEL_WEIGHTS)
 # What the published code adds to keep divisions and comparisons away from zero.
 _LEVEL_MARGIN = 1e-8
 _SLOPE_MARGIN = 1e-9
+# Closer to 3 than this, the correction's slope is mostly rounding.
+_MIDDLE = 1e-6
 # Deviations up to this one are rounding errors, whose density would overflow.
 _LEAST_STD = 1e-100
 
@@ -49,6 +51,7 @@ def soft_labels(
     density: str,
     min_std: float,
     max_error: float,
+    flat_middle: bool = True,
 ) -> SoftLabels:
     """Discretises Gaussians so that the levels' mean is the opinion score.
 
@@ -58,6 +61,8 @@ def soft_labels(
       density: one of `DENSITIES`.
       min_std: below this deviation, a score is put on its two neighbouring levels (`thre_std`).
       max_error: likewise, if the corrected levels' mean is further than this from the score (`thre_diff`).
+      flat_middle: whether a score of exactly 3 gets a fifth on each level whatever its deviation. Quirk of the
+        published correction, which divides zero by zero there.
 
     >>> labels = soft_labels(np.array([3.25]), np.array([0.9]), density="pdf", min_std=0.2, max_error=0.1)
     >>> float((labels.probs @ WEIGHTS).round(3)[0])
@@ -67,6 +72,8 @@ def soft_labels(
     with np.errstate(invalid="ignore"):
         total, mean = raw.sum(axis=1), raw @ WEIGHTS
         alpha = (mos - 3) / (mean - 3 * total + _SLOPE_MARGIN)
+        if not flat_middle:
+            alpha = np.where(np.abs(mos - 3) < _MIDDLE, 1.0, alpha)
         beta = (1 - alpha * total) / 5
         corrected = np.maximum(raw * alpha[:, None] + beta[:, None], 0.0)
         fits = (std >= min_std) & (np.abs(corrected @ WEIGHTS - mos) <= max_error)

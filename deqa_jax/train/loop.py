@@ -36,10 +36,10 @@ from deqa_jax.train.log import Log
 from deqa_jax.train.objective import Batch, Objective
 from deqa_jax.train.optimizer import make_optimizer, multipliers, schedule
 from deqa_jax.train.saving import Best, Progress, Saver
-from deqa_jax.train.settings import TrainConfig, write_config
+from deqa_jax.train.settings import CONFIG_FILE, TrainConfig, write_config
 from deqa_jax.train.step import Task, TrainState, make_step
 
-CONFIG_FILE, LOG_FILE = "config.yaml", "log.jsonl"
+LOG_FILE = "log.jsonl"
 
 _logger = logging.getLogger(__name__)
 
@@ -207,8 +207,12 @@ class _Run:
     ) -> Iterator[tuple[int, TrainState, dict[str, Any], Any]]:
         """Steps with their state, metrics and what the data go on from; the next batch is read as a step runs."""
         batch, data_state = self.batch(next(rows)), rows.get_state()
+        traced = self.step.trace(state, frozen, batch)
+        # JAX itself promotes types implicitly where it lowers attention's gradient in bfloat16.
+        with jax.numpy_dtype_promotion("standard"):
+            run = traced.lower().compile()
         for step in range(start, self.steps):
-            state, metrics = self.step(state, frozen, batch)
+            state, metrics = run(state, frozen, batch)
             resume_at = data_state
             if step + 1 < self.steps:
                 batch, data_state = self.batch(next(rows)), rows.get_state()

@@ -25,14 +25,6 @@ class ParameterRule:
     pattern: str
     multiplier: float
 
-    def __post_init__(self) -> None:
-        try:
-            re.compile(self.pattern)
-        except re.error as error:
-            raise ConfigError(f"parameters: the pattern {self.pattern!r} is no regular expression ({error})") from error
-        if not 0 <= self.multiplier < math.inf:
-            raise ConfigError(f"parameters: {self.pattern!r}: a multiplier is at least 0, not {self.multiplier}")
-
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:

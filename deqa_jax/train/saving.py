@@ -1,5 +1,6 @@
 """What a run leaves on disk: checkpoints to resume from, and the best model so far."""
 
+import hashlib
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,13 +8,13 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 
-from deqa_jax.checkpoint import SIDE_FILES, Adapter, Checkpoint, write_checkpoint
+from deqa_jax.checkpoint import SIDE_FILES, Adapter, Checkpoint, InMemory, write_checkpoint
 from deqa_jax.files import new_folder
 from deqa_jax.lora import LoraConfig
 from deqa_jax.parameters import Leaves, flatten, unflatten
+from deqa_jax.train.settings import CONFIG_FILE
 from deqa_jax.train.step import TrainState
 
 CHECKPOINTS = "checkpoints"
@@ -32,21 +33,6 @@ class Progress(NamedTuple):
 
     step: int = 0
     best: Best | None = None
-
-
-class _Leaf(NamedTuple):
-    array: jax.Array
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.array.shape
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.array.dtype
-
-    def read(self) -> np.ndarray:
-        return np.asarray(self.array)
 
 
 class Saver:
@@ -107,13 +93,14 @@ class Saver:
           step: steps done.
         """
         out = self._folder / f"{_BEST}{step}"
+        settings = self._folder / CONFIG_FILE
         # A run that does steps again, after it was killed, finds what it wrote before: the same.
         if not out.exists():
             with new_folder(out) as temporary:
                 write_checkpoint(
                     temporary,
                     config=self._base.config,
-                    leaves={path: _Leaf(array) for path, array in params.items()},
+                    leaves={path: InMemory(array) for path, array in params.items()},
                     side_files={
                         name: (self._base.folder / name).read_bytes()
                         for name in SIDE_FILES
@@ -123,6 +110,8 @@ class Saver:
                     provenance={
                         "source": f"deqa train: {self._folder.name} after {step} steps",
                         "trained_from": self._base.identity,
+                        # Tells runs apart whose folders have one name.
+                        "settings": hashlib.sha256(settings.read_bytes()).hexdigest() if settings.exists() else None,
                         "evaluation": dict(found),
                     },
                     adapter=None if self._lora is None else Adapter(self._base, self._lora),

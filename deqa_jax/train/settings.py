@@ -22,6 +22,10 @@ from deqa_jax.train.optimizer import OptimizerConfig, ParameterRule
 _MAX_SEED = 2**32 - 1
 
 
+CONFIG_FILE = "config.yaml"
+"""Where a run keeps its configuration, every entry said."""
+
+
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
     """Held-out images that the model is scored on as it trains.
@@ -110,9 +114,11 @@ class TrainConfig:
             problems.append(f"epochs is above 0, not {self.epochs}")
         if not self.optimizer.learning_rate < math.inf:
             problems.append("optimizer.learning_rate is infinite")
-        for rule in self.parameters:
-            if not 0 <= rule.multiplier < math.inf:
-                problems.append(f"parameters: the multiplier of {rule.pattern!r} is at least 0, not {rule.multiplier}")
+        problems += [
+            f"parameters: the multiplier of {rule.pattern!r} is at least 0, not {rule.multiplier}"
+            for rule in self.parameters
+            if not 0 <= rule.multiplier < math.inf
+        ]
         patterns = {"parameters": [rule.pattern for rule in self.parameters]}
         if self.lora is not None:
             patterns["lora.targets"] = list(self.lora.targets)
@@ -121,7 +127,7 @@ class TrainConfig:
                 try:
                     re.compile(pattern)
                 except re.error as error:
-                    problems.append(f"{name}: {pattern!r} is not a regular expression ({error})")
+                    problems.append(f"{name}: {pattern!r} is no regular expression ({error})")
         if self.dtype not in ("float32", "bfloat16"):
             problems.append(f"dtype is float32 or bfloat16, not {self.dtype!r}")
         if self.remat not in ("none", "full", "dots"):

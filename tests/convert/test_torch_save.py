@@ -134,7 +134,7 @@ print("equal")
 
 
 def test_torch_itself_reads_it(tmp_path: Path) -> None:
-    """In a process of its own, since torch and JAX in one do not always agree. `DEQA_TORCH` names a Python with torch."""
+    """In a process of its own: of this Python, or of the one that `DEQA_TORCH` names."""
     python = os.environ.get("DEQA_TORCH", sys.executable)
     if subprocess.run([python, "-c", "import torch"], capture_output=True, check=False).returncode:
         pytest.skip("needs PyTorch, which the project does without")

@@ -486,7 +486,9 @@ def test_each_text_is_encoded_once(make, monkeypatch):
     calls = []
     encode = pipeline.encode_conversation
     monkeypatch.setattr(pipeline, "encode_conversation", lambda *a, **k: calls.append(1) or encode(*a, **k))
-    make([{**rating(index), "id": str(index), "conversations": rating(index % 2)["conversations"]} for index in range(8)])
+    make(
+        [{**rating(index), "id": str(index), "conversations": rating(index % 2)["conversations"]} for index in range(8)]
+    )
     assert len(calls) == 2
 
 

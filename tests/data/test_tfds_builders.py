@@ -14,7 +14,6 @@ from PIL import Image
 from tensorflow_datasets.core import shuffle
 from tensorflow_datasets.core.features import image_feature
 
-from deqa_jax.cli import main
 from deqa_jax.data import tfds_builders
 from deqa_jax.data.datasets import DATASETS
 from deqa_jax.data.metas import MetaError, read_metas
@@ -78,19 +77,6 @@ def damaged(records, tmp_path):
     copy = tmp_path / "damaged"
     shutil.copytree(records, copy)
     return copy, copy / "deqa" / "koniq" / "1.0.0"
-
-
-@pytest.fixture
-def deqa(capsys):
-    """Runs a command line: exit status, standard output, standard error."""
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as exit:
-            main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return exit.value.code, captured.out, captured.err
-
-    return run
 
 
 def contents(folder):
@@ -359,13 +345,17 @@ def test_preparing_without_a_folder_of_data_says_what_is_missing(tmp_path):
 TEST_FILE = "deqa-test.array_record-00000-of-00001"
 
 
-def rewritten(change):
+def rewritten(change, name="metadata.json"):
     def damage(folder):
-        metas = json.loads((folder / "metadata.json").read_text())
-        change(metas)
-        (folder / "metadata.json").write_text(json.dumps(metas))
+        written = json.loads((folder / name).read_text())
+        change(written)
+        (folder / name).write_text(json.dumps(written))
 
     return damage
+
+
+def described(change):
+    return rewritten(change, "dataset_info.json")
 
 
 def cut(name, share):
@@ -402,13 +392,19 @@ DAMAGE = {
     "no test metas": rewritten(lambda metas: metas.pop("test")),
     "test metas empty": rewritten(lambda metas: metas["test"].clear()),
     "one of the metas gone": rewritten(lambda metas: metas["test"].pop()),
-    "one of the metas malformed": rewritten(lambda metas: metas["test"][2].pop("image")),
+    "one of the metas malformed": rewritten(lambda metas: metas["test"][-1].pop("image")),
     "metas in another order": rewritten(lambda metas: metas["test"].reverse()),
     "metas of other images": rewritten(lambda metas: metas["test"][5].update(id="another")),
     "no description": gone("dataset_info.json"),
     "description empty": content("dataset_info.json", b""),
     "description cut short": cut("dataset_info.json", 0.5),
     "description garbage": content("dataset_info.json", b"\xff\xfe"),
+    "description of another format": described(lambda found: found.update(fileFormat="tfrecord")),
+    "description without splits": described(lambda found: found.pop("splits")),
+    "description of fewer records": described(lambda found: found["splits"][1].update(shardLengths=["5"])),
+    "description of more shards": described(
+        lambda description: description["splits"][1].update(shardLengths=["3", "3"])
+    ),
     "no records": gone(TEST_FILE),
     "records empty": content(TEST_FILE, b""),
     "records cut short": cut(TEST_FILE, 0.9),

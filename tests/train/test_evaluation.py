@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 import scipy.special
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from small_runs import rating, write_metas, write_tiny
 
@@ -15,7 +16,7 @@ from deqa_jax.config import Execution
 from deqa_jax.data.metas import MetaError
 from deqa_jax.data.soft_labels import soft_labels
 from deqa_jax.parameters import abstract_model
-from deqa_jax.scorer import Scorer
+from deqa_jax.scorer import Scorer, use_compilation_cache
 from deqa_jax.train.evaluation import Evaluator, open_held_out
 
 
@@ -32,8 +33,7 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def evaluator(root):
     """An evaluator of some sets, over all devices."""
-    from flax import nnx
-
+    use_compilation_cache()
     checkpoint = Checkpoint.open(root / "M")
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
 

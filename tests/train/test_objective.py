@@ -21,6 +21,7 @@ from training import (
     golden_objective,
     golden_runs,
     golden_task,
+    jit,
     small_batch,
 )
 
@@ -42,7 +43,7 @@ def golden_logits() -> dict[str, jax.Array]:
 
     joined = jax.tree.map(lambda *parts: jnp.concatenate(parts), *map(rows, batches.values()))
 
-    @jax.jit
+    @jit
     def run(leaves: Any, batch: Batch) -> jax.Array:
         model = nnx.merge(task.graph(training=True), unflatten(leaves))
         with jax.default_matmul_precision("highest"):
@@ -61,7 +62,9 @@ def golden_logits() -> dict[str, jax.Array]:
 @pytest.mark.parametrize("setting", GOLDEN_SETTINGS)
 def test_every_setting_equals_pytorch(golden_logits: dict[str, jax.Array], setting: str) -> None:
     batch = golden_batches().batches[batch_name(setting)]
-    loss, terms = batch_loss(golden_logits[batch_name(setting)], batch, jnp.asarray(LEVEL_IDS), golden_objective(setting))
+    loss, terms = batch_loss(
+        golden_logits[batch_name(setting)], batch, jnp.asarray(LEVEL_IDS), golden_objective(setting)
+    )
     expected = golden_runs()[setting]
     np.testing.assert_allclose(loss, expected["loss"], rtol=1e-5)
     compared = {term for term in terms if term in expected}
@@ -301,3 +304,17 @@ def test_equal_opinions_count_as_b_being_better() -> None:
     logits = random_logits(batch)
     found = [loss_and_gradient(logits, one, objective)[0][0] for one in (tied, lower, higher)]
     assert found[0] == found[1] != found[2]
+
+
+def test_batches_of_equal_answers_average_to_the_whole() -> None:
+    """So that gradients which are accumulated are those of one large batch."""
+    batch = small_batch(4)
+    logits = random_logits(batch)
+    whole = loss_and_gradient(logits, batch, OBJECTIVES["published"])
+    halves = [
+        loss_and_gradient(logits[rows], jax.tree.map(lambda x, rows=rows: x[rows], batch), OBJECTIVES["published"])
+        for rows in (jnp.asarray([0, 1]), jnp.asarray([2, 3]))
+    ]
+    np.testing.assert_allclose(whole[0][0], (halves[0][0][0] + halves[1][0][0]) / 2, rtol=1e-6)
+    gradient = np.concatenate([half[1] for half in halves]) / 2
+    np.testing.assert_allclose(whole[1], gradient, rtol=1e-5, atol=1e-8)

@@ -67,18 +67,6 @@ def test_everything_frozen_is_an_error(rules: list[ParameterRule]) -> None:
         multipliers([KERNEL, BIAS], rules)
 
 
-@pytest.mark.parametrize("pattern", ["(", "*", "[a"])
-def test_a_pattern_that_is_no_expression_is_an_error(pattern: str) -> None:
-    with pytest.raises(ConfigError, match="pattern"):
-        ParameterRule(pattern, 1.0)
-
-
-@pytest.mark.parametrize("multiplier", [-1.0, math.nan, math.inf])
-def test_a_multiplier_is_a_number_of_at_least_zero(multiplier: float) -> None:
-    with pytest.raises(ConfigError, match="multiplier"):
-        ParameterRule("", multiplier)
-
-
 @pytest.mark.parametrize(
     "values",
     [
@@ -190,9 +178,7 @@ CONFIGS = {
 @pytest.mark.parametrize("name", CONFIGS)
 def test_updates_are_those_of_adamw(name: str, rates: tuple[float, ...]) -> None:
     """With multipliers of the learning rate, which the decay is a part of."""
-    gradients = [
-        {path: leaf * 10.0**-i for path, leaf in small_params(seed=i + 1).items()} for i in (0, 1, 2, 0, 1, 2)
-    ]
+    gradients = [{path: leaf * 10.0**-i for path, leaf in small_params(seed=i + 1).items()} for i in (0, 1, 2, 0, 1, 2)]
     multiplied = dict(zip((KERNEL, BIAS, SCALE), rates, strict=True))
     ours, exact = (how(CONFIGS[name], gradients, multiplied) for how in (run, adamw))
     # 1 − 0.999ᵗ in float32 makes a step of 0.1 good to 3e-6.
@@ -203,7 +189,7 @@ def test_updates_are_those_of_adamw(name: str, rates: tuple[float, ...]) -> None
 
 def test_weight_decay_spares_norms_and_biases() -> None:
     """Without a gradient, decay alone moves what it is meant for."""
-    names = [path for path in parameter_shapes(FULL)]
+    names = list(parameter_shapes(FULL))
     adapters = lora.adapter_shapes(parameter_shapes(FULL), LoraConfig())
     params = {path: jnp.ones((2,)) for path in [*names, *adapters]}
     config = OptimizerConfig(learning_rate=1.0, weight_decay=0.1, warmup_ratio=0.0)
@@ -241,9 +227,7 @@ def test_accumulated_batches_make_the_step_of_their_mean(multiplied: float) -> N
     parts = [small_params(seed) for seed in range(1, 7)]
     means = [jax.tree.map(lambda *x: sum(x) / 3, *parts[start : start + 3]) for start in (0, 3)]
     config = OptimizerConfig(learning_rate=0.1, weight_decay=0.1, clip_norm=0.5, warmup_ratio=0.25)
-    accumulating = OptimizerConfig(
-        learning_rate=0.1, weight_decay=0.1, clip_norm=0.5, warmup_ratio=0.25, accumulate=3
-    )
+    accumulating = OptimizerConfig(learning_rate=0.1, weight_decay=0.1, clip_norm=0.5, warmup_ratio=0.25, accumulate=3)
     small, large = run(accumulating, parts, rates), run(config, means, rates)
     start = {path: np.asarray(leaf) for path, leaf in small_params().items()}
     for path in rates:
@@ -261,7 +245,11 @@ def state_shapes(trained: Mapping[Any, tuple[int, ...]], **values: Any) -> list[
     params = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in trained.items()}
     optimizer = make_optimizer(OptimizerConfig(**values), 100, dict.fromkeys(trained, 1.0))
     state = jax.eval_shape(optimizer.init, params)
-    assert {leaf.dtype for leaf in jax.tree.leaves(state)} <= {jnp.dtype("float32"), jnp.dtype("int32"), jnp.dtype(bool)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(state)} <= {
+        jnp.dtype("float32"),
+        jnp.dtype("int32"),
+        jnp.dtype(bool),
+    }
     return [leaf.shape for leaf in jax.tree.leaves(state) if leaf.shape]
 
 

@@ -63,7 +63,7 @@ def test_what_is_saved_is_restored(best, accumulate, base, tmp_path):
         found, progress, data = saver.restore(make_state(0, accumulate=accumulate))
     assert_same(found, state)
     assert isinstance(found, TrainState)
-    assert list(found.params) == list(state.params)
+    assert found.params.keys() == state.params.keys()
     assert (progress, data) == (Progress(6, best), DATA)
     assert best is None or isinstance(progress.best, Best)
 
@@ -180,9 +180,7 @@ def test_the_best_model_so_far_takes_the_place_of_the_one_before(base, tmp_path)
         saver.save_best(whole_model(0), {"srcc": 0.1}, 2)
         saver.save_best(whole_model(1), {"srcc": 0.2}, 14)
     assert [path.name for path in tmp_path.glob("*best*")] == ["best-14"]
-    np.testing.assert_array_equal(
-        Checkpoint.open(tmp_path / "best-14").read_leaf(SOME[0]), whole_model(1)[SOME[0]]
-    )
+    np.testing.assert_array_equal(Checkpoint.open(tmp_path / "best-14").read_leaf(SOME[0]), whole_model(1)[SOME[0]])
 
 
 def test_one_that_is_there_already_is_kept_and_others_go(base, tmp_path):

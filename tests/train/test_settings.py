@@ -209,10 +209,10 @@ def test_entries_that_are_unknown_or_of_the_wrong_kind_are_named(text, named, re
         ("optimizer: {accumulate: 0}", "accumulate is at least 1"),
         ("lora: {rank: 0}", "rank is at least 1"),
         ("lora: {dropout: 1}", "dropout from 0 to below 1"),
-        ("lora: {targets: ['(']}", "lora.targets: '(' is not a regular expression"),
-        ("parameters: [{pattern: '(', multiplier: 1}]", "parameters: '(' is not a regular expression"),
-        ("parameters: [{pattern: a, multiplier: -1}]", "multiplier of 'a' is at least 0, not -1"),
-        ("parameters: [{pattern: a, multiplier: .nan}]", "multiplier of 'a' is at least 0, not nan"),
+        ("lora: {targets: ['(']}", "'(' is no regular expression"),
+        ("parameters: [{pattern: '(', multiplier: 1}]", "'(' is no regular expression"),
+        ("parameters: [{pattern: a, multiplier: -1}]", "is at least 0, not -1.0"),
+        ("parameters: [{pattern: a, multiplier: .nan}]", "is at least 0, not nan"),
     ],
 )
 def test_values_out_of_range_are_refused(text, complaint, read):
@@ -232,7 +232,19 @@ def test_what_has_no_default_must_be_said(missing, read):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "null", "3", "text", "[]", "- a\n- b", "a: [", "model: m\n\toutput: o", b"\xff\xfe\x00", b"model: \xe9", "!!x y"],
+    [
+        "",
+        "null",
+        "3",
+        "text",
+        "[]",
+        "- a\n- b",
+        "a: [",
+        "model: m\n\toutput: o",
+        b"\xff\xfe\x00",
+        b"model: \xe9",
+        "!!x y",
+    ],
     ids=repr,
 )
 def test_a_file_that_is_no_configuration_is_named(text, read):
