@@ -22,15 +22,20 @@ _REDUCE, _PERSISTENT_ID, _SET_ITEMS = b"R", b"Q", b"u"
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Writes a state dict, one tensor in memory at a time.
 
-    The file is a zip with a pickle, which rebuilds each tensor from a storage, and an entry for every storage.
+    The file is a zip with a pickle, which rebuilds each tensor from a storage, and an entry for every storage. The same
+    tensors make the same bytes.
     """
+
+    def entry(name: str) -> zipfile.ZipInfo:
+        return zipfile.ZipInfo(f"{path.stem}/{name}")  # dated 1980, where a name alone would be dated now
+
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(f"{path.stem}/data.pkl", _pickle(tensors))
-        archive.writestr(f"{path.stem}/byteorder", b"little")
+        archive.writestr(entry("data.pkl"), _pickle(tensors))
+        archive.writestr(entry("byteorder"), b"little")
         for number, tensor in enumerate(tensors.values()):
-            with archive.open(f"{path.stem}/data/{number}", "w", force_zip64=True) as storage:
+            with archive.open(entry(f"data/{number}"), "w", force_zip64=True) as storage:
                 storage.write(np.ascontiguousarray(tensor.read()).tobytes())
-        archive.writestr(f"{path.stem}/version", b"3\n")
+        archive.writestr(entry("version"), b"3\n")
 
 
 def _pickle(tensors: Mapping[str, Tensor]) -> bytes:

@@ -276,7 +276,7 @@ def test_lora_trajectory_equals_pytorch(shared: Path) -> None:
     trained = {**{path: leaf for path, leaf in base.items() if path not in frozen}, **adapters}
     shapes = {path: leaf.shape for path, leaf in {**base, **adapters}.items()}
     optimizer = make_optimizer(optimizer_config, run["steps"], dict.fromkeys(trained, 1.0))
-    step = jit(make_step(golden_task(lora=config), optimizer, shapes), donate_argnums=0)
+    step = jax.jit(make_step(golden_task(lora=config), optimizer, shapes), donate_argnums=0)
     state = TrainState(jnp.int32(0), jax.tree.map(jnp.copy, trained), optimizer.init(trained))
     for row in run["rows"]:
         state, metrics = step(state, frozen, golden_batches().batches[row["batch"]])

@@ -112,7 +112,7 @@ def full_trajectory() -> tuple[list[dict[str, float]], TrainState]:
     config = OptimizerConfig(learning_rate=run["peak_lr"], warmup_ratio=run["warmup_ratio"], clip_norm=run["clip"])
     shapes = parameter_shapes(golden_task().config)
     optimizer = make_optimizer(config, run["steps"], dict.fromkeys(shapes, 1.0))
-    step = jit(make_step(golden_task(), optimizer, shapes), donate_argnums=0)
+    step = jax.jit(make_step(golden_task(), optimizer, shapes), donate_argnums=0)
     params = {path: jnp.array(leaf) for path, leaf in golden_leaves().items()}
     state, rows = TrainState(jnp.int32(0), params, optimizer.init(params)), []
     for row in run["rows"]:
@@ -236,8 +236,8 @@ def test_remat_changes_no_gradient(plain_gradients: tuple[jax.Array, Any], remat
     value, found = gradients(Execution(remat=remat), small_batch(descriptions=[1]), small_leaves())
     np.testing.assert_allclose(value, plain_gradients[0], rtol=1e-6)
     for path, leaf in plain_gradients[1].items():
-        # All but the keys' shared bias, whose gradient is nothing but rounding.
-        assert norm(found[path] - leaf) <= 1e-6 * max(norm(leaf), 1.0 if norm(leaf) < 1e-6 else 0.0), path
+        # The gradient of the keys' shared bias is nothing but rounding.
+        assert norm(found[path] - leaf) <= 1e-6 * norm(leaf) + 2e-7, path
 
 
 def test_longer_padding_changes_no_logits() -> None:
