@@ -2,6 +2,7 @@
 
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +41,22 @@ def export_adapter(model: Path, out: Path, *, dtype: str | None = None) -> None:
     checkpoint = Checkpoint.open(model)
     if checkpoint.adapter is None or checkpoint.adapter.lora is None:
         raise CheckpointError(f"{model}: has no adapters of its own; export it without --adapter")
+    if checkpoint.adapter.base.adapter is not None:
+        raise CheckpointError(
+            f"{model}: was trained on adapters itself, on which PEFT cannot put others; export it without --adapter"
+        )
     target = FLOAT_DTYPES[dtype or "float32"]
     rules = rules_for(parameter_shapes(checkpoint.config))
+    # The tensors of one parameter follow each other, so it is enough to keep the last one read.
+    read_own = functools.lru_cache(maxsize=1)(checkpoint.read_own)
     adapters: dict[str, Tensor] = {}
     trained: dict[str, Tensor] = {}
     for path in sorted(checkpoint.own):
+        shape = checkpoint.own[path].shape
         if path[-1] in (lora.A, lora.B):
-            adapters |= _adapter(checkpoint, path, rules[(*path[:-1], "kernel")], target)
+            adapters |= _adapter(read_own, path, shape, rules[(*path[:-1], "kernel")], target)
         else:
-            trained |= _trained(checkpoint, path, rules[path], target)
+            trained |= _trained(read_own, path, shape, rules[path], target)
     with new_folder(out) as temporary:
         settings = _settings(checkpoint.adapter.lora, adapters, checkpoint.adapter.base)
         (temporary / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
@@ -60,28 +68,33 @@ def export_adapter(model: Path, out: Path, *, dtype: str | None = None) -> None:
             (temporary / file.name).write_bytes(file.read_bytes())
 
 
-def _adapter(checkpoint: Checkpoint, path: ParamPath, rule: Rule, dtype: np.dtype) -> dict[str, Tensor]:
+_Read = Callable[[ParamPath], np.ndarray]
+
+
+def _adapter(
+    read_own: _Read, path: ParamPath, shape: tuple[int, ...], rule: Rule, dtype: np.dtype
+) -> dict[str, Tensor]:
     """One matrix, a tensor a layer; PyTorch's dense layers are [outputs, inputs]."""
-    shape = checkpoint.own[path].shape
     side = "A" if path[-1] == lora.A else "B"
     names = [f"{PREFIX}{key.removesuffix('.weight')}.lora_{side}.weight" for key in rule.keys(shape)]
     return {
-        name: Tensor(shape[-1:-3:-1], dtype, functools.partial(_read, checkpoint, path, layer, rule, dtype))
+        name: Tensor(shape[-1:-3:-1], dtype, functools.partial(_read, read_own, path, layer, rule, dtype))
         for layer, name in enumerate(names)
     }
 
 
-def _trained(checkpoint: Checkpoint, path: ParamPath, rule: Rule, dtype: np.dtype) -> dict[str, Tensor]:
-    shape = checkpoint.own[path].shape
+def _trained(
+    read_own: _Read, path: ParamPath, shape: tuple[int, ...], rule: Rule, dtype: np.dtype
+) -> dict[str, Tensor]:
     published = rule.published_shape(shape)
     return {
-        f"{PREFIX}{key}": Tensor(published, dtype, functools.partial(_read, checkpoint, path, layer, rule, dtype))
+        f"{PREFIX}{key}": Tensor(published, dtype, functools.partial(_read, read_own, path, layer, rule, dtype))
         for layer, key in enumerate(rule.keys(shape))
     }
 
 
-def _read(checkpoint: Checkpoint, path: ParamPath, layer: int, rule: Rule, dtype: np.dtype) -> np.ndarray:
-    leaf = checkpoint.read_own(path)
+def _read(read_own: _Read, path: ParamPath, layer: int, rule: Rule, dtype: np.dtype) -> np.ndarray:
+    leaf = read_own(path)
     leaf = leaf[layer] if rule.stacked else leaf
     return rule.form.to_published(leaf).astype(dtype)
 

@@ -13,7 +13,7 @@ import numpy as np
 from recipe import recipe_tensors, to_ours
 
 from deqa_jax import lora
-from deqa_jax.checkpoint import Adapter, Checkpoint, write_checkpoint
+from deqa_jax.checkpoint import Adapter, Checkpoint, InMemory, write_checkpoint
 from deqa_jax.config import PRESETS, DeqaConfig, Execution
 from deqa_jax.convert.names import RULES
 from deqa_jax.files import new_folder
@@ -247,22 +247,6 @@ def small_adapters(config: LoraConfig = SMALL_LORA, seed: int = 0, shapes: Any =
     return {path: jnp.asarray(random.normal(0, 0.2, shape).astype(np.float32)) for path, shape in shapes.items()}
 
 
-@dataclasses.dataclass
-class Made:
-    array: Any
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.array.shape
-
-    @property
-    def dtype(self) -> np.dtype:
-        return np.dtype(self.array.dtype)
-
-    def read(self) -> np.ndarray:
-        return np.asarray(self.array)
-
-
 def write_adapter(
     folder: Path, leaves: Mapping[Any, Any], base: Checkpoint, config: LoraConfig | None, **options: Any
 ) -> Path:
@@ -270,7 +254,7 @@ def write_adapter(
         write_checkpoint(
             temporary,
             config=base.config,
-            leaves={path: Made(leaf) for path, leaf in leaves.items()},
+            leaves={path: InMemory(leaf) for path, leaf in leaves.items()},
             side_files={
                 name: (base.folder / name).read_bytes() for name in ("tokenizer.model", "preprocessor_config.json")
             },

@@ -124,7 +124,9 @@ class TrainingData:
           processes: how many there are; divides `size`.
           threads: that read images; as many as there are cores without it.
         """
-        stream = grain.MapDataset.range(self.epoch).shuffle(seed=self._seed).repeat()
+        # Grain adds the epoch to the seed: seeds next to each other would shuffle alike.
+        seed = int(np.random.SeedSequence(self._seed).generate_state(1)[0])
+        stream = grain.MapDataset.range(self.epoch).shuffle(seed=seed).repeat()
         stream = stream.map_with_index(lambda position, index: self.example(int(position), int(index)))
         # There is no remainder; but rounding up, Grain takes its endless length beyond what fits for batches of one.
         stream = stream[process::processes].batch(size // processes, drop_remainder=True)

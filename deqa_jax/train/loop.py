@@ -241,7 +241,7 @@ class _Run:
         if not all(map(math.isfinite, values.values())):
             wrong = ", ".join(f"{name} {value}" for name, value in values.items() if not math.isfinite(value))
             raise TrainingError(
-                f"step {step}: {wrong}; try a lower optimizer.learning_rate. "
+                f"step {step}: {wrong}; try a lower optimizer.learning_rate, with another output: "
                 f"{self.config.output} has the checkpoints before"
             )
         rate = float(self.rate(step // self.config.optimizer.accumulate))

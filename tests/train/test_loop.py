@@ -20,7 +20,6 @@ from small_runs import description, rating, write_metas, write_tiny
 
 from deqa_jax import metrics
 from deqa_jax.checkpoint import Checkpoint
-from deqa_jax.cli import main
 from deqa_jax.config import ConfigError
 from deqa_jax.scorer import Scorer
 from deqa_jax.train import loop
@@ -414,19 +413,6 @@ def test_epochs_are_steps_over_all_sets_and_devices(place):
 
 
 # ---- the command line -------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def deqa(capsys):
-    """Runs a command line: exit status, standard output, standard error."""
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as exit:
-            main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return exit.value.code, captured.out, captured.err
-
-    return run
 
 
 def is_sentence(text):
