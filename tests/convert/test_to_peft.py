@@ -214,7 +214,7 @@ def test_nothing_is_overwritten(run_checkpoint: Path, tmp_path: Path) -> None:
 def test_adapters_on_adapters_are_exported_merged_or_not_at_all(run_checkpoint: Path, tmp_path: Path) -> None:
     """PEFT would put the second ones on the published base, without the first."""
     model = write_adapter(tmp_path / "A", trained_leaves(), Checkpoint.open(run_checkpoint), SMALL_LORA)
-    with pytest.raises(CheckpointError, match="was trained on adapters itself.*export it without --adapter"):
+    with pytest.raises(CheckpointError, match=r"was trained on adapters itself.*export it without --adapter"):
         export_adapter(model, tmp_path / "P")
     assert not (tmp_path / "P").exists()
     export(model, tmp_path / "P")
