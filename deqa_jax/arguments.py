@@ -20,83 +20,6 @@ class _Parser(argparse.ArgumentParser):
         self.exit(USAGE_STATUS, f"{self.prog}: {message}\nTry `{self.prog} --help`.\n")
 
 
-def parser() -> argparse.ArgumentParser:
-    """The parser of `deqa`; the command is in `command`, None if none was given."""
-    whole = _Parser(
-        prog="deqa",
-        description="Image quality as a distribution over five words: DeQA-Score in JAX.",
-        epilog="`deqa COMMAND --help` has the options of a command and an example.",
-    )
-    whole.add_argument("--version", action="store_true", help="print the version and exit")
-    commands = whole.add_subparsers(dest="command", metavar="COMMAND")
-
-    def command(name: str, summary: str, example: str) -> argparse.ArgumentParser:
-        return commands.add_parser(
-            name,
-            help=summary,
-            description=summary[0].upper() + summary[1:] + ".",
-            epilog=f"example:\n  {example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-
-    _score(
-        command("score", "score images from 1 (bad) to 5 (excellent)", "deqa score photos/ --model M --format jsonl")
-    )
-    _infer(
-        command(
-            "infer",
-            "predict whole datasets into files that `deqa evaluate` reads; a stopped run goes on where it was",
-            "deqa infer --model M --dataset koniq,spaq --root Data-DeQA-Score --out results",
-        )
-    )
-    _evaluate(
-        command(
-            "evaluate",
-            "compare predictions with human opinion: SRCC and PLCC, KL, JS and Wasserstein",
-            "deqa evaluate --pred results/test_koniq_2k.json --gt Data-DeQA-Score/KONIQ/metas/test_koniq_2k.json",
-        )
-    )
-    _labels(
-        command(
-            "labels",
-            "make training and test metas with soft labels from opinion scores",
-            "deqa labels --csv scores.csv --scale 0 100 --out metas",
-        )
-    )
-    _train(
-        command(
-            "train",
-            "train on metas, full or LoRA, from a YAML configuration; a stopped run goes on where it was",
-            "deqa train --config_path configs/finetune_lora.yaml --model M --optimizer.learning_rate 5e-5",
-        )
-    )
-    _prepare(
-        command(
-            "prepare",
-            "put published datasets into TFDS records (needs the extra `tfds`)",
-            "deqa prepare --dataset koniq,spaq --root Data-DeQA-Score --out records",
-        )
-    )
-    _convert(
-        command(
-            "convert",
-            "convert a published PyTorch checkpoint, full or LoRA",
-            "deqa convert zhiyuanyou/DeQA-Score-Mix3 M --dtype bfloat16",
-        )
-    )
-    _export(command("export", "write a converted checkpoint in the published PyTorch format", "deqa export M H"))
-    info = command("info", "say what a checkpoint is", "deqa info M")
-    info.add_argument("model", metavar="MODEL", help="converted or published folder")
-    _init(
-        command(
-            "init",
-            "make a model of random weights, whose scores mean nothing, to try the rest with",
-            "deqa init M --size test",
-        )
-    )
-    return whole
-
-
 # ---- kinds of values --------------------------------------------------------------------------------------
 
 
@@ -322,3 +245,80 @@ def _add_stored_dtype(command: argparse.ArgumentParser, default: str) -> None:
     command.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help=f"what to store (default: {default})"
     )
+
+
+def _info(info: argparse.ArgumentParser) -> None:
+    info.add_argument("model", metavar="MODEL", help="converted or published folder")
+
+
+# ---- all of them ------------------------------------------------------------------------------------------
+
+_COMMANDS = (
+    ("score", "score images from 1 (bad) to 5 (excellent)", "deqa score photos/ --model M --format jsonl", _score),
+    (
+        "infer",
+        "predict whole datasets into files that `deqa evaluate` reads; a stopped run goes on where it was",
+        "deqa infer --model M --dataset koniq,spaq --root Data-DeQA-Score --out results",
+        _infer,
+    ),
+    (
+        "evaluate",
+        "compare predictions with human opinion: SRCC and PLCC, KL, JS and Wasserstein",
+        "deqa evaluate --pred results/test_koniq_2k.json --gt Data-DeQA-Score/KONIQ/metas/test_koniq_2k.json",
+        _evaluate,
+    ),
+    (
+        "labels",
+        "make training and test metas with soft labels from opinion scores",
+        "deqa labels --csv scores.csv --scale 0 100 --out metas",
+        _labels,
+    ),
+    (
+        "train",
+        "train on metas, full or LoRA, from a YAML configuration; a stopped run goes on where it was",
+        "deqa train --config_path configs/finetune_lora.yaml --model M --optimizer.learning_rate 5e-5",
+        _train,
+    ),
+    (
+        "prepare",
+        "put published datasets into TFDS records (needs the extra `tfds`)",
+        "deqa prepare --dataset koniq,spaq --root Data-DeQA-Score --out records",
+        _prepare,
+    ),
+    (
+        "convert",
+        "convert a published PyTorch checkpoint, full or LoRA",
+        "deqa convert zhiyuanyou/DeQA-Score-Mix3 M --dtype bfloat16",
+        _convert,
+    ),
+    ("export", "write a converted checkpoint in the published PyTorch format", "deqa export M H", _export),
+    ("info", "say what a checkpoint is", "deqa info M", _info),
+    (
+        "init",
+        "make a model of random weights, whose scores mean nothing, to try the rest with",
+        "deqa init M --size test",
+        _init,
+    ),
+)
+"""Name, what it does, an example, and what adds its options."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of `deqa`; the command is in `command`, None if none was given."""
+    whole = _Parser(
+        prog="deqa",
+        description="Image quality as a distribution over five words: DeQA-Score in JAX.",
+        epilog="`deqa COMMAND --help` has the options of a command and an example.",
+    )
+    whole.add_argument("--version", action="store_true", help="print the version and exit")
+    commands = whole.add_subparsers(dest="command", metavar="COMMAND")
+    for name, summary, example, add_options in _COMMANDS:
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        add_options(command)
+    return whole

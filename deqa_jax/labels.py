@@ -98,16 +98,7 @@ def make_labels(opinions: Opinions, settings: LabelSettings = LabelSettings()) -
     Raises:
       OpinionError: scores are all the same or outside the scale, or no image is in a split.
     """
-    low, high = settings.scale or (float(opinions.mos.min()), float(opinions.mos.max()))
-    if not low < high:
-        raise OpinionError("all scores are the same; give their scale, for example --scale 1 5")
-    outside = (opinions.mos < low) | (opinions.mos > high)
-    if outside.any():
-        worst = int(np.argmax(outside))
-        raise OpinionError(
-            f"{outside.sum()} scores are outside the scale from {low:g} to {high:g}, "
-            f"the first {opinions.texts[worst]} of {opinions.names[worst]}"
-        )
+    low, high = _scale(opinions, settings)
     # Every score counts for the range, those in neither split too.
     rows = np.flatnonzero([split is not None for split in opinions.splits])
     if not len(rows):
@@ -116,16 +107,7 @@ def make_labels(opinions: Opinions, settings: LabelSettings = LabelSettings()) -
     if settings.invert:
         # Rounded, the sum of both less the best score may be above the best.
         scores = np.clip(low + high - scores, low, high)
-    with np.errstate(over="ignore", invalid="ignore"):
-        mos, std = normalise(scores, deviations, low, high)
-    if math.isinf(high - low) or not np.isfinite(mos).all() or np.isinf(std).any():
-        raise OpinionError("scores or standard deviations are too large to be put on a scale from 1 to 5")
-    if (std > 2).any():
-        _logger.warning(
-            "%d standard deviations are above 2 once scores are from 1 to 5, which hardly any opinions can have: "
-            "are they on the scale of the scores?",
-            (std > 2).sum(),
-        )
+    mos, std = _normalised(scores, deviations, low, high)
     labels = soft_labels(
         mos,
         std,
@@ -162,6 +144,36 @@ def make_labels(opinions: Opinions, settings: LabelSettings = LabelSettings()) -
         discretisation_error(labels.raw, mos, std),
         labels,
     )
+
+
+def _scale(opinions: Opinions, settings: LabelSettings) -> tuple[float, float]:
+    """The lowest and highest possible score, which no score is outside of."""
+    low, high = settings.scale or (float(opinions.mos.min()), float(opinions.mos.max()))
+    if not low < high:
+        raise OpinionError("all scores are the same; give their scale, for example --scale 1 5")
+    outside = (opinions.mos < low) | (opinions.mos > high)
+    if outside.any():
+        worst = int(np.argmax(outside))
+        raise OpinionError(
+            f"{outside.sum()} scores are outside the scale from {low:g} to {high:g}, "
+            f"the first {opinions.texts[worst]} of {opinions.names[worst]}"
+        )
+    return low, high
+
+
+def _normalised(scores: np.ndarray, deviations: np.ndarray, low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
+    """Scores and deviations on the scale from 1 to 5; says so if the latter look like those of another scale."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        mos, std = normalise(scores, deviations, low, high)
+    if math.isinf(high - low) or not np.isfinite(mos).all() or np.isinf(std).any():
+        raise OpinionError("scores or standard deviations are too large to be put on a scale from 1 to 5")
+    if (std > 2).any():
+        _logger.warning(
+            "%d standard deviations are above 2 once scores are from 1 to 5, which hardly any opinions can have: "
+            "are they on the scale of the scores?",
+            (std > 2).sum(),
+        )
+    return mos, std
 
 
 def _ids(opinions: Opinions) -> list[str]:
