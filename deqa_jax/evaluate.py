@@ -16,7 +16,7 @@ from tabulate import tabulate
 from deqa_jax import metrics
 from deqa_jax.data.datasets import Dataset, of_metas
 from deqa_jax.data.metas import Item, read_metas
-from deqa_jax.data.soft_labels import WEIGHTS
+from deqa_jax.data.soft_labels import moments
 from deqa_jax.prompt import LEVELS
 
 METRICS = ("srcc", "plcc", "kl", "js", "wd")
@@ -142,14 +142,14 @@ def read_predictions(pred: Path, gt: Path, *, open_set: bool, allow_missing: boo
     if not open_set:
         with np.errstate(over="ignore"):  # logits further apart than any number: a probability of 0
             probs = scipy.special.softmax(probs, axis=1)
-    mean = probs @ WEIGHTS
+    mean, std = moments(probs)
     dataset = of_metas((gt.name, pred.name))
     return Predictions(
         name=dataset.name if dataset else pred.stem,
         items=items,
         probs=probs,
         mean=mean,
-        std=np.sqrt((probs * (WEIGHTS - mean[:, None]) ** 2).sum(axis=1)),
+        std=std,
         gt_score=scores,
         gt_mean=_column(items, "gt_score_norm"),
         gt_std=gt_std,

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from small_runs import TINY
 
 from deqa_jax import checkpoint
 from deqa_jax.checkpoint import (
@@ -29,12 +30,6 @@ from deqa_jax.convert.to_jax import convert
 from deqa_jax.files import new_folder
 
 TEST = PRESETS["test"]
-TINY = dataclasses.replace(
-    TEST,
-    vision=dataclasses.replace(TEST.vision, image_size=28, num_layers=1),
-    abstractor=dataclasses.replace(TEST.abstractor, num_queries=4, num_layers=1),
-    language=dataclasses.replace(TEST.language, vocab_size=480, num_layers=2),
-)
 
 
 @dataclasses.dataclass

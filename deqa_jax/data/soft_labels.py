@@ -136,6 +136,16 @@ class DiscretisationError(NamedTuple):
     plcc: float
 
 
+def moments(probs: Float[np.ndarray, "N 5"]) -> tuple[Float[np.ndarray, "N"], Float[np.ndarray, "N"]]:
+    """Mean and standard deviation of the levels' weights, with the probabilities as they are.
+
+    >>> moments(np.array([[0.5, 0.0, 0.0, 0.0, 0.5]]))
+    (array([3.]), array([2.]))
+    """
+    mean = probs @ WEIGHTS
+    return mean, np.sqrt((probs * (WEIGHTS - mean[:, None]) ** 2).sum(axis=1))
+
+
 def discretisation_error(
     probs: Float[np.ndarray, "N 5"], mos: Float[np.ndarray, "N"], std: Float[np.ndarray, "N"]
 ) -> DiscretisationError:
@@ -144,8 +154,7 @@ def discretisation_error(
     probs, mos, std = probs[there], mos[there], std[there]
     if not len(probs):
         return DiscretisationError(*[float("nan")] * len(DiscretisationError._fields))
-    mean = probs @ WEIGHTS
-    deviation = np.sqrt((probs * (WEIGHTS - mean[:, None]) ** 2).sum(axis=1))
+    mean, deviation = moments(probs)
     error, std_error = mean - mos, np.abs(deviation - std)[~np.isnan(std)]
     return DiscretisationError(
         float(np.abs(error).mean()),

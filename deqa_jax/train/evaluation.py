@@ -1,7 +1,6 @@
 """Scores of held-out images while a model trains, with the prompt and program of `deqa infer`."""
 
 import dataclasses
-import itertools
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,7 @@ from flax import nnx
 from deqa_jax import metrics
 from deqa_jax.checkpoint import Checkpoint
 from deqa_jax.data.metas import Item, MetaError, read_metas
-from deqa_jax.data.soft_labels import WEIGHTS, soft_labels
+from deqa_jax.data.soft_labels import moments, soft_labels
 from deqa_jax.parameters import Leaves, unflatten
 from deqa_jax.preprocess import load_square
 from deqa_jax.scorer import check_fit, programs
@@ -83,8 +82,7 @@ class Evaluator:
             prediction = self._run(tree, cache, jax.device_put(pixels, self._sharding), open_set=False)
             logits.append(np.asarray(prediction.logits)[:count])
         probs = scipy.special.softmax(np.concatenate(logits).astype(np.float64), axis=1)
-        mean = probs @ WEIGHTS
-        std = np.sqrt((probs * (WEIGHTS - mean[:, None]) ** 2).sum(axis=1))
+        mean, std = moments(probs)
         truth, truth_mean, truth_std = (
             np.array([getattr(item, name) for item in one.items], np.float64)
             for name in ("gt_score", "gt_score_norm", "std_norm")
@@ -100,8 +98,10 @@ class Evaluator:
     def _batches(self, one: HeldOut) -> Iterator[tuple[np.ndarray, int]]:
         """Padded batches of pixels, and how many of them are images."""
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            squares = pool.map(lambda path: load_square(path, self._preprocess), one.paths)
-            while group := list(itertools.islice(squares, self._batch_size)):
+            # A batch at a time: all paths at once would put every image of the set into memory.
+            for start in range(0, len(one.paths), self._batch_size):
+                paths = one.paths[start : start + self._batch_size]
+                group = list(pool.map(lambda path: load_square(path, self._preprocess), paths))
                 batch = np.zeros((self._batch_size, *group[0].shape), np.uint8)
                 batch[: len(group)] = group
                 yield batch, len(group)

@@ -155,7 +155,6 @@ class _Run:
         """The state before the first step."""
         params = self.checkpoint.restore("float32", only=self.trained.keys() - self.adapters.keys())
         params |= lora.init(self.adapters, jax.random.key(self.config.seed))
-        params = {path: leaf for path, leaf in params.items() if path in self.trained}
         return self.place(TrainState(jnp.int32(0), params, jax.jit(self.optimizer.init)(params)))
 
     def frozen(self) -> Leaves:
