@@ -60,6 +60,19 @@ def _column(text: str) -> tuple[str, str]:
     return column, name
 
 
+def _mesh(text: str) -> dict[str, int]:
+    axes = {}
+    for entry in text.split(","):
+        name, _, size = entry.strip().partition("=")
+        if name not in ("data", "fsdp", "tensor") or name in axes or not size.isdecimal() or int(size) < 1:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} does not give data, fsdp or tensor a size each, such as tensor=2 or fsdp=2,tensor=4"
+            )
+        axes[name] = int(size)
+    # Devices that are not spoken of hold copies of the model.
+    return {"data": -1, "fsdp": 1, "tensor": 1, **axes}
+
+
 # ---- options ----------------------------------------------------------------------------------------------
 
 
@@ -71,7 +84,7 @@ def _add_model(command: argparse.ArgumentParser, prompt: str) -> None:
         "--batch-size",
         type=_whole_number(1, 1 << 16),
         metavar="N",
-        help="images at once (default: 1 on CPU, 32 elsewhere)",
+        help="images at once, over all devices (default: 1 on CPU, 32 for each device elsewhere)",
     )
     command.add_argument(
         "--dtype",
@@ -84,6 +97,16 @@ def _add_model(command: argparse.ArgumentParser, prompt: str) -> None:
         choices=("scorer", "eval"),
         default=prompt,
         help=f"which published entry point to follow; their scores differ slightly (default: {prompt})",
+    )
+    _add_mesh(command)
+
+
+def _add_mesh(command: argparse._ActionsContainer) -> None:
+    command.add_argument(
+        "--mesh",
+        type=_mesh,
+        metavar="AXIS=N,…",
+        help="how devices share the model: fsdp, tensor (default: each has all of it, and scores its part of a batch)",
     )
 
 
@@ -205,6 +228,32 @@ def _train(train: argparse.ArgumentParser) -> None:
     train.description = f"{train.description} Any entry can be given here too, with a dot between levels."
 
 
+def _plan(plan: argparse.ArgumentParser) -> None:
+    plan.add_argument("--topology", required=True, metavar="T", help="chips, such as v5e:4x4, v5p:2x2x1 or v6e:2x4")
+    plan.add_argument(
+        "--config_path", type=Path, metavar="F", help="YAML configuration of a training run; without it, scoring"
+    )
+    plan.add_argument(
+        "--model",
+        metavar="M",
+        help="a size of `deqa init`, a converted or published folder (default: what the configuration names, or full)",
+    )
+    plan.add_argument("--search", action="store_true", help="try all meshes and take the best; a compilation for each")
+    plan.add_argument(
+        "--largest-batch", action="store_true", help="look for the largest batch that fits; several compilations"
+    )
+    scoring = plan.add_argument_group("for scoring")
+    scoring.add_argument(
+        "--batch-size", type=_whole_number(1, 1 << 16), metavar="N", help="images a device at once (default: 32)"
+    )
+    scoring.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="of parameters and products (default: bfloat16)"
+    )
+    _add_mesh(scoring)
+    plan.usage = "deqa plan [-h] --topology T [--config_path F [--ENTRY VALUE ...]] [OPTION ...]"
+    plan.description = f"{plan.description} With a configuration, any of its entries can be given too, as for training."
+
+
 def _prepare(prepare: argparse.ArgumentParser) -> None:
     prepare.add_argument("--dataset", required=True, metavar="NAMES", help="names with a comma between")
     prepare.add_argument(
@@ -278,6 +327,12 @@ _COMMANDS = (
         "train on metas, full or LoRA, from a YAML configuration; a stopped run goes on where it was",
         "deqa train --config_path configs/finetune_lora.yaml --model M --optimizer.learning_rate 5e-5",
         _train,
+    ),
+    (
+        "plan",
+        "compile a training run, or scoring, for TPUs that are not there: memory, speed at most (extra `plan`)",
+        "deqa plan --config_path configs/mix3_full.yaml --topology v5p:2x2x1",
+        _plan,
     ),
     (
         "prepare",

@@ -14,11 +14,13 @@ import numpy as np
 
 from deqa_jax import lora
 from deqa_jax.config import ConfigError, DeqaConfig
+from deqa_jax.distributed import is_first
 from deqa_jax.files import read_json
 from deqa_jax.lora import LoraConfig
 from deqa_jax.parameters import Leaves, ParamPath, flatten, parameter_shapes, unflatten
 from deqa_jax.preprocess import PreprocessConfig
 from deqa_jax.prompt import Tokenizer
+from deqa_jax.sharding import gather
 
 CONFIG_FILE = "config.json"
 PARAMS_FOLDER = "params"
@@ -38,6 +40,8 @@ _FORMAT = "deqa-jax"
 _VERSION = 1
 # Written in pieces of this size: less memory to write, and a sharded restore reads only what it needs.
 _CHUNK_BYTES = 64 << 20
+
+Shardings = Mapping[ParamPath, jax.sharding.Sharding]
 
 
 class CheckpointError(ValueError):
@@ -68,7 +72,7 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 class InMemory:
-    """A parameter that is in memory already."""
+    """A parameter that is in memory already; that of all processes together, if there are several."""
 
     def __init__(self, array: jax.Array | np.ndarray):
         self.shape = array.shape
@@ -77,7 +81,7 @@ class InMemory:
 
     def read(self) -> np.ndarray:
         """On the host."""
-        return np.asarray(self._array)
+        return gather(self._array)
 
 
 # ---- writing ----------------------------------------------------------------------------------------------
@@ -96,6 +100,8 @@ def write_checkpoint(
 ) -> None:
     """Fills an empty folder (see `new_folder`) with a checkpoint, one parameter in memory at a time.
 
+    Of several processes all call it, and the first one writes.
+
     Args:
       folder: where to write.
       config: the model's.
@@ -107,6 +113,8 @@ def write_checkpoint(
       progress: called with the bytes of each parameter written.
     """
     _save_params(folder / PARAMS_FOLDER, leaves, progress)
+    if not is_first():
+        return
     for name, content in side_files.items():
         (folder / name).write_bytes(content)
     written = {
@@ -289,25 +297,30 @@ class Checkpoint:
         return own
 
     def restore(
-        self, dtype: str | None = None, *, device: jax.Device | None = None, only: Collection[ParamPath] | None = None
+        self,
+        dtype: str | None = None,
+        *,
+        shardings: Shardings | None = None,
+        only: Collection[ParamPath] | None = None,
     ) -> Leaves:
         """Reads parameters.
 
         Args:
           dtype: to cast to while reading; as stored without it.
-          device: where to put them; host memory, as NumPy arrays, without it.
+          shardings: where to put them, by path: each device's part is read for it alone. Without it, host memory, as
+            NumPy arrays.
           only: paths of those to read; all without it.
         """
         wanted = {path: leaf for path, leaf in self.stored.items() if only is None or path in only}
         if self.adapter is None:
-            return self._restore(wanted, dtype, device)
+            return self._restore(wanted, dtype, shardings)
         adapted = [path for path in self._adapted if path in wanted]
         here = {path: leaf for path, leaf in wanted.items() if path in self.own and path not in adapted}
-        leaves = self._restore(here, dtype, device)
-        leaves |= self.adapter.base.restore(dtype, device=device, only=wanted.keys() - here.keys() - set(adapted))
+        leaves = self._restore(here, dtype, shardings)
+        leaves |= self.adapter.base.restore(dtype, shardings=shardings, only=wanted.keys() - here.keys() - set(adapted))
         for path in adapted:
             merged = self.read_leaf(path).astype(dtype or np.float32)
-            leaves[path] = merged if device is None else jax.device_put(merged, device)
+            leaves[path] = merged if shardings is None else jax.device_put(merged, shardings[path])
         return leaves
 
     def read_leaf(self, path: ParamPath) -> np.ndarray:
@@ -339,22 +352,23 @@ class Checkpoint:
         return (self.folder / PARAMS_FOLDER).absolute()
 
     def _restore(
-        self, wanted: Mapping[ParamPath, jax.ShapeDtypeStruct], dtype: str | None, device: jax.Device | None
+        self, wanted: Mapping[ParamPath, jax.ShapeDtypeStruct], dtype: str | None, shardings: Shardings | None
     ) -> Leaves:
         import orbax.checkpoint as ocp
 
         if not wanted:
             return {}
 
-        def restore_args(leaf: jax.ShapeDtypeStruct) -> ocp.RestoreArgs:
+        def restore_args(path: ParamPath, leaf: jax.ShapeDtypeStruct) -> ocp.RestoreArgs:
             target = np.dtype(dtype or leaf.dtype)
-            if device is None:
+            if shardings is None:
                 return ocp.RestoreArgs(restore_type=np.ndarray, dtype=target)
-            return ocp.ArrayRestoreArgs(sharding=jax.sharding.SingleDeviceSharding(device), dtype=target)
+            return ocp.ArrayRestoreArgs(sharding=shardings[path], dtype=target)
 
-        item = unflatten(dict(wanted))
         arguments = ocp.args.PyTreeRestore(
-            item=item, restore_args=jax.tree.map(restore_args, item), partial_restore=True
+            item=unflatten(dict(wanted)),
+            restore_args=unflatten({path: restore_args(path, leaf) for path, leaf in wanted.items()}),
+            partial_restore=True,
         )
         try:
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:

@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     whole = parser()
     options, unknown = whole.parse_known_args(arguments)
     options.overrides = unknown
-    if unknown and options.command != "train":
+    if unknown and not (options.command == "train" or (options.command == "plan" and options.config_path)):
         whole.error(f"unrecognized arguments: {' '.join(unknown)}")
     if options.version:
         import importlib.metadata
@@ -48,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "evaluate": _evaluate,
             "labels": _labels,
             "train": _train,
+            "plan": _plan,
             "prepare": _prepare,
             "convert": _convert,
             "export": _export,
@@ -109,7 +110,7 @@ def _open_scorer(options: argparse.Namespace) -> "Scorer | str":
     from PIL import Image
 
     from deqa_jax.checkpoint import CheckpointError
-    from deqa_jax.config import ConfigError
+    from deqa_jax.config import ConfigError, MeshConfig
     from deqa_jax.convert.tensors import ConversionError
     from deqa_jax.prompt import PromptError
     from deqa_jax.scorer import Scorer
@@ -118,7 +119,11 @@ def _open_scorer(options: argparse.Namespace) -> "Scorer | str":
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     try:
         return Scorer.from_pretrained(
-            options.model, dtype=options.dtype, batch_size=options.batch_size, prompt=options.prompt
+            options.model,
+            dtype=options.dtype,
+            batch_size=options.batch_size,
+            prompt=options.prompt,
+            mesh=options.mesh and MeshConfig(**options.mesh),
         )
     except (CheckpointError, ConfigError, ConversionError, PromptError) as error:
         return str(error)
@@ -240,6 +245,42 @@ def _train(options: argparse.Namespace) -> int:
         return _fail(str(error), _FAILED)
     print(f"best checkpoint: {best}", file=sys.stderr)
     print(best)
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    if options.config_path and options.batch_size is not None:
+        return _fail("--batch-size is for scoring; a configuration has --batch_size_per_device", USAGE_STATUS)
+    if options.config_path and options.mesh is not None:
+        return _fail("--mesh is for scoring; a configuration has --mesh.data, --mesh.fsdp, --mesh.tensor", USAGE_STATUS)
+    import importlib.util
+
+    if importlib.util.find_spec("libtpu") is None:
+        return _fail(
+            "no compiler for TPUs is installed; planning needs an extra: pip install 'deqa-jax[plan]'", _FAILED
+        )
+    try:
+        from deqa_jax.launch.aot import PlanError, plan_scoring, plan_training
+        from deqa_jax.train.settings import read_config
+    except ModuleNotFoundError as error:
+        return _fail(f"{error}; planning needs an extra: pip install 'deqa-jax[plan]'", _FAILED)
+    from deqa_jax.config import ConfigError, MeshConfig
+
+    wanted = {"search": options.search, "largest": options.largest_batch}
+    try:
+        if options.config_path:
+            named = [("--model", options.model), ("--dtype", options.dtype)]
+            overrides = [*options.overrides, *(word for pair in named if pair[1] for word in pair)]
+            print(plan_training(read_config(options.config_path, overrides), options.topology, **wanted))
+        else:
+            given = {"batch_size": options.batch_size, "dtype": options.dtype}
+            settings = {name: value for name, value in given.items() if value is not None}
+            mesh = MeshConfig(**(options.mesh or {"data": -1, "fsdp": 1}))
+            print(plan_scoring(options.model or "full", options.topology, mesh=mesh, **settings, **wanted))
+    except PlanError as error:
+        return _fail(str(error), _FAILED)
+    except ConfigError as error:
+        return _fail(str(error), USAGE_STATUS)
     return 0
 
 

@@ -6,7 +6,10 @@ No field of the model has a default: an epsilon, a theta or a size that nobody w
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import jax
 
 
 class ConfigError(ValueError):
@@ -160,11 +163,38 @@ class Execution:
       param_dtype: of stored parameters.
       remat: what of a block is computed again in the backward pass: `none`, `full`, or `dots`, which keeps the products
         with weights and computes the rest again.
+      activations: how `[B, T, D]` is placed between blocks; left to the compiler without it.
     """
 
     dtype: str = "float32"
     param_dtype: str = "float32"
     remat: str = "none"
+    activations: "jax.sharding.Sharding | None" = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How devices share the work. One axis may be -1: all devices that the others leave.
+
+    Attributes:
+      data: groups of devices that each hold all parameters and split the batch.
+      fsdp: devices that split the batch and the parameters, which are gathered a layer at a time.
+      tensor: devices that split each matrix product, and the parameters with it.
+    """
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        sizes = dataclasses.astuple(self)
+        if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
+            raise ConfigError(
+                f"mesh {self}: each of data, fsdp and tensor is at least 1, or one of them -1 for what is left"
+            )
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {size}" for name, size in dataclasses.asdict(self).items())
 
 
 # ---- the published config.json ----------------------------------------------------------------------------

@@ -11,13 +11,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, UInt8
 
 from deqa_jax.checkpoint import Checkpoint
-from deqa_jax.config import ConfigError, Execution
-from deqa_jax.parameters import Leaves, abstract_model, unflatten
+from deqa_jax.config import ConfigError, DeqaConfig, Execution, MeshConfig
+from deqa_jax.model.deqa import Deqa
+from deqa_jax.parameters import Leaves, abstract_model, parameter_shapes, unflatten
 from deqa_jax.preprocess import ImageError, ImageLike, PreprocessConfig, load_square, normalize
 from deqa_jax.prompt import LEVEL_WEIGHTS, PROMPTS, SplitPrompt, split_prompt
+from deqa_jax.sharding import (
+    BATCH,
+    batch_shards,
+    bytes_per_device,
+    check_batch,
+    check_memory,
+    make_mesh,
+    parameter_shardings,
+)
 
 DTYPES = ("auto", "float32", "bfloat16")
 # On CPU, images one at a time go nearly as fast as several, and a short batch wastes nothing.
@@ -75,7 +86,13 @@ class Scorer:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, *, dtype: str = "auto", batch_size: int | None = None, prompt: str = "scorer"
+        self,
+        checkpoint: Checkpoint,
+        *,
+        dtype: str = "auto",
+        batch_size: int | None = None,
+        prompt: str = "scorer",
+        mesh: MeshConfig | None = None,
     ):
         """Loads the parameters, and computes keys and values of the text in front of the image.
 
@@ -83,14 +100,18 @@ class Scorer:
           checkpoint: a converted checkpoint.
           dtype: of parameters and matrix products: `float32`, `bfloat16`, or `auto`, which is float32 on CPU and
             bfloat16 elsewhere.
-          batch_size: images at once; chosen for the device without it.
+          batch_size: images at once, over all devices; chosen for the devices without it.
           prompt: `scorer` or `eval`, the two published entry points, whose scores differ slightly.
+          mesh: how this process's devices share the work. Without it each holds the whole model and scores its part of
+            a batch; on CPU there is one.
 
         Raises:
-          ConfigError: an argument is out of range, or the checkpoint's parts do not fit together.
+          ConfigError: an argument is out of range, the checkpoint's parts do not fit together, or the devices are too
+            few or too small.
           CheckpointError: the checkpoint is damaged.
         """
-        device = jax.devices()[0]
+        devices = jax.local_devices()
+        platform = devices[0].platform
         if dtype not in DTYPES:
             raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
         if prompt not in PROMPTS:
@@ -98,21 +119,33 @@ class Scorer:
         if batch_size is not None and batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, not {batch_size}")
         if dtype == "auto":
-            dtype = "float32" if device.platform == "cpu" else "bfloat16"
+            dtype = "float32" if platform == "cpu" else "bfloat16"
         self.dtype = dtype
         self.prompt = prompt
         self.identity = checkpoint.identity
-        self.batch_size = batch_size or _BATCH_SIZES.get(device.platform, _ACCELERATOR_BATCH_SIZE)
-        self._device = device
+        if mesh is None:
+            self._mesh = make_mesh(MeshConfig(data=-1, fsdp=1), devices[:1] if platform == "cpu" else devices)
+        else:
+            self._mesh = make_mesh(mesh, devices)
+        shards = batch_shards(self._mesh)
+        self.batch_size = batch_size or shards * _BATCH_SIZES.get(platform, _ACCELERATOR_BATCH_SIZE)
+        check_batch("batch size", self.batch_size, self._mesh)
+        self._batch_sharding = NamedSharding(self._mesh, BATCH)
         self._preprocess = checkpoint.preprocess()
         ids, level_ids = check_fit(checkpoint, self._preprocess, prompt)
 
-        model = abstract_model(checkpoint.config, Execution(dtype=dtype, param_dtype=dtype))
-        if device.platform == "cpu":
+        shapes = parameter_shapes(checkpoint.config)
+        shardings = parameter_shardings(shapes, self._mesh)
+        leaves = {
+            path: jax.ShapeDtypeStruct(shapes[path], np.dtype(dtype), sharding=shardings[path]) for path in shapes
+        }
+        check_memory("the model", bytes_per_device(leaves), self._mesh)
+        model = scoring_model(checkpoint.config, dtype, self._mesh)
+        if platform == "cpu" and self._mesh.size == 1:
             model = model.unrolled()
-            self._params = unflatten(_unstack(checkpoint.restore(dtype), device))
+            self._params = unflatten(_unstack(checkpoint.restore(dtype), devices[0]))
         else:
-            self._params = unflatten(checkpoint.restore(dtype, device=device))
+            self._params = unflatten(checkpoint.restore(dtype, shardings=shardings))
         prefill, self._run = programs(nnx.graphdef(model), ids, level_ids, self._preprocess, dtype)
         self._cache = prefill(self._params)
 
@@ -186,12 +219,16 @@ class Scorer:
         """Scores what is on the device already; compiled once for every batch size B.
 
         Args:
-          pixels: uint8 RGB squares of the model's size, as `preprocess.load_square` makes them.
+          pixels: uint8 RGB squares of the model's size, as `preprocess.load_square` makes them; B divides by the
+            number of devices that split a batch.
           open_set: whether to return probabilities in the whole vocabulary as well.
 
         Returns:
           A `Prediction` of arrays on the device, computed asynchronously, with `hidden`.
         """
+        if self._mesh.size > 1:
+            check_batch("batch size", pixels.shape[0], self._mesh)
+            pixels = jax.device_put(pixels, self._batch_sharding)
         return self._run(self._params, self._cache, pixels, open_set=open_set)
 
     # ---- batches ------------------------------------------------------------------------------------------
@@ -209,7 +246,7 @@ class Scorer:
                 return lambda: None
             batch = np.zeros((self.batch_size, *squares[0].shape), np.uint8)
             batch[: len(squares)] = squares
-            running = self.predict_pixels(jax.device_put(batch, self._device), open_set=open_set)
+            running = self.predict_pixels(jax.device_put(batch, self._batch_sharding), open_set=open_set)
             running = running if hidden else running._replace(hidden=None)
             return lambda: jax.tree.map(lambda x: np.asarray(x)[: len(squares)], running)
 
@@ -273,6 +310,12 @@ def check_fit(checkpoint: Checkpoint, preprocess: PreprocessConfig, prompt: str)
     if max(*ids.before, *ids.after, *level_ids) >= config.language.vocab_size:
         raise ConfigError(f"{checkpoint.folder}: its tokenizer has more tokens than its model's vocabulary")
     return ids, level_ids
+
+
+def scoring_model(config: DeqaConfig, dtype: str, mesh: Mesh) -> Deqa:
+    """The model with shapes in place of arrays, stored and run in `dtype`, for a batch on a mesh."""
+    activations = NamedSharding(mesh, BATCH) if mesh.size > 1 else None
+    return abstract_model(config, Execution(dtype=dtype, param_dtype=dtype, activations=activations))
 
 
 def programs(

@@ -7,7 +7,6 @@ import re
 import shutil
 from pathlib import Path
 
-import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -25,9 +24,10 @@ from deqa_jax.checkpoint import (
     unflatten,
     write_checkpoint,
 )
-from deqa_jax.config import PRESETS
+from deqa_jax.config import PRESETS, MeshConfig
 from deqa_jax.convert.to_jax import convert
 from deqa_jax.files import new_folder
+from deqa_jax.sharding import make_mesh, parameter_shardings
 
 TEST = PRESETS["test"]
 
@@ -126,10 +126,12 @@ def test_parameters_are_cast_while_they_are_read(dtype, written, arrays):
     assert_same(Checkpoint.open(written).restore(dtype), expected)
 
 
-def test_parameters_go_to_the_device_that_is_asked_for(written, arrays):
-    device = jax.devices()[3]
-    restored = Checkpoint.open(written).restore("float32", device=device)
-    assert all(array.devices() == {device} for array in restored.values())
+@pytest.mark.parametrize("axes", [(1, 1, 8), (1, 8, 1), (2, 2, 2)])
+def test_parameters_go_to_the_devices_that_they_are_split_over(axes, written, arrays):
+    mesh = make_mesh(MeshConfig(data=axes[0], fsdp=axes[1], tensor=axes[2]))
+    shardings = parameter_shardings({path: array.shape for path, array in arrays.items()}, mesh)
+    restored = Checkpoint.open(written).restore("float32", shardings=shardings)
+    assert {path: array.sharding for path, array in restored.items()} == shardings
     assert_same(restored, {path: array.astype(np.float32) for path, array in arrays.items()})
 
 

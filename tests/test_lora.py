@@ -34,10 +34,11 @@ from training import (
 
 from deqa_jax import lora
 from deqa_jax.checkpoint import Checkpoint, CheckpointError
-from deqa_jax.config import PRESETS, ConfigError
+from deqa_jax.config import PRESETS, ConfigError, MeshConfig
 from deqa_jax.lora import LoraConfig, LoraLinear
 from deqa_jax.parameters import Leaves, abstract_model, flatten, parameter_shapes, unflatten
 from deqa_jax.scorer import Scorer
+from deqa_jax.sharding import make_mesh, parameter_shardings
 from deqa_jax.train.optimizer import OptimizerConfig, make_optimizer
 from deqa_jax.train.step import Task, TrainState, answer_logits, make_step
 
@@ -304,7 +305,8 @@ def test_an_adapter_checkpoint_reads_like_a_whole_one(adapter_checkpoint: Path) 
     assert checkpoint.adapter.lora == SMALL_LORA
     assert {path: leaf.shape for path, leaf in checkpoint.stored.items()} == parameter_shapes(TEST)
     expected = merged_leaves()
-    for leaves in (checkpoint.restore("float32"), checkpoint.restore(), checkpoint.restore(device=jax.devices()[0])):
+    shardings = parameter_shardings(parameter_shapes(TEST), make_mesh(MeshConfig()))
+    for leaves in (checkpoint.restore("float32"), checkpoint.restore(), checkpoint.restore(shardings=shardings)):
         assert leaves.keys() == expected.keys()
         for path, leaf in expected.items():
             np.testing.assert_allclose(leaves[path], leaf, atol=1e-6)

@@ -129,7 +129,7 @@ class TrainingData:
         stream = grain.MapDataset.range(self.epoch).shuffle(seed=seed).repeat()
         stream = stream.map_with_index(lambda position, index: self.example(int(position), int(index)))
         # There is no remainder; but rounding up, Grain takes its endless length beyond what fits for batches of one.
-        stream = stream[process::processes].batch(size // processes, drop_remainder=True)
+        stream = stream.batch(size // processes, drop_remainder=True)[process::processes]
         options = grain.ReadOptions(num_threads=threads or os.cpu_count() or 1, prefetch_buffer_size=4)
         return iter(stream.to_iter_dataset(options))
 

@@ -93,7 +93,7 @@ class Abstractor(nnx.Module):
         self.config = abstractor
         self.grid_size = config.vision.grid_size
         self.dtype = execution.dtype
-        self.remat = execution.remat
+        self.execution = execution
         self.queries = nnx.Param(
             normal(rngs.params(), (abstractor.num_queries, abstractor.hidden_size), execution.param_dtype)
         )
@@ -113,7 +113,7 @@ class Abstractor(nnx.Module):
         def step(block: AbstractorBlock, x: Array, nothing: None) -> tuple[Array, None]:
             return block(x, vision, query_position, key_position), None
 
-        x, _ = fold(self.layers, step, x, remat=self.remat)
+        x, _ = fold(self.layers, step, x, execution=self.execution)
         x = self.projection(x.astype(self.dtype)).astype(jnp.float32)
         end = jnp.broadcast_to(self.end_token[...].astype(jnp.float32), (batch, 1, x.shape[-1]))
         return jnp.concatenate([x, end], axis=1)

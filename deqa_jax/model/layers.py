@@ -151,7 +151,7 @@ def fold(
     per_layer: Any = None,
     *,
     num_layers: int | None = None,
-    remat: str = "none",
+    execution: Execution = Execution(),
 ) -> tuple[Any, Any]:
     """Runs `carry, out = step(block, carry, per_layer[i])` over the layers, first to last.
 
@@ -161,17 +161,23 @@ def fold(
       carry: what goes from layer to layer.
       per_layer: a pytree whose leaves have a leading layer axis, or None.
       num_layers: only so many of the first layers; all without it.
-      remat: what of a scanned layer is computed again in the backward pass; see `Execution`.
+      execution: what of a scanned layer is computed again in the backward pass, and how the carry is placed.
 
     Returns:
       The last carry, and the `out`s stacked on a leading layer axis (None where there are no layers to run).
     """
     if num_layers == 0:
         return carry, None
+
+    def placed(carry: Any) -> Any:
+        return (
+            carry if execution.activations is None else jax.lax.with_sharding_constraint(carry, execution.activations)
+        )
+
     if isinstance(blocks, nnx.List):
         outs = []
         for i, block in enumerate(list(blocks)[:num_layers]):
-            carry, out = step(block, carry, _at(per_layer, i))
+            carry, out = step(block, placed(carry), _at(per_layer, i))
             outs.append(out)
         return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
 
@@ -179,10 +185,10 @@ def fold(
 
     def run(carry: Any, inputs: tuple[Any, Any]) -> tuple[Any, Any]:
         layer, extra = inputs
-        return step(nnx.merge(graphdef, layer), carry, extra)
+        return step(nnx.merge(graphdef, layer), placed(carry), extra)
 
-    if remat != "none":
-        policy = None if remat == "full" else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    if execution.remat != "none":
+        policy = None if execution.remat == "full" else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         run = jax.checkpoint(run, policy=policy, prevent_cse=False)
     if num_layers is None:
         return jax.lax.scan(run, carry, (state, per_layer))

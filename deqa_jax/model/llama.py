@@ -151,7 +151,7 @@ class LanguageModel(nnx.Module):
     def __init__(self, config: LanguageConfig, *, execution: Execution, rngs: nnx.Rngs):
         self.config = config
         self.dtype = execution.dtype
-        self.remat = execution.remat
+        self.execution = execution
         self.embedding = nnx.Param(
             nnx.initializers.normal(EMBEDDING_STD)(
                 rngs.params(), (config.vocab_size, config.hidden_size), execution.param_dtype
@@ -175,7 +175,7 @@ class LanguageModel(nnx.Module):
             x, _ = block(x, layout, rotation)
             return x, x
 
-        x, hidden_states = fold(self.layers, step, x, remat=self.remat)
+        x, hidden_states = fold(self.layers, step, x, execution=self.execution)
         return self.final_norm(x), hidden_states
 
     def prefill(self, x: Float[Array, "1 P D"]) -> KeyValue:
@@ -196,7 +196,7 @@ class LanguageModel(nnx.Module):
             x, _ = block(x, layout, rotation, cached)
             return x, None
 
-        x, _ = fold(self.layers, step, x, cache, num_layers=num_layers - 1)
+        x, _ = fold(self.layers, step, x, cache, num_layers=num_layers - 1, execution=self.execution)
         last = KeyValue(cache.key[-1], cache.value[-1])
         x, _ = last_block(self.layers)(x, layout, rotation, last, last_only=True)
         return self.final_norm(x)[:, 0]

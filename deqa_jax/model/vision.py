@@ -60,7 +60,7 @@ class VisionTower(nnx.Module):
         width = config.hidden_size
         normal = nnx.initializers.normal(EMBEDDING_STD)
         self.patch_size = config.patch_size
-        self.remat = execution.remat
+        self.execution = execution
         self.patch_embedding = linear(
             _COLOURS * config.patch_size**2, width, bias=False, execution=execution, rngs=rngs
         )
@@ -76,5 +76,5 @@ class VisionTower(nnx.Module):
         class_token = jnp.broadcast_to(self.class_token[...].astype(jnp.float32), (x.shape[0], 1, x.shape[-1]))
         x = jnp.concatenate([class_token, x], axis=1)
         x = x + self.position_embedding[...].astype(jnp.float32)[None]
-        x, _ = fold(self.layers, lambda block, x, _: (block(x), None), self.pre_norm(x), remat=self.remat)
+        x, _ = fold(self.layers, lambda block, x, _: (block(x), None), self.pre_norm(x), execution=self.execution)
         return self.post_norm(x)

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import scipy.special
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 
 from deqa_jax import metrics
 from deqa_jax.checkpoint import Checkpoint
@@ -18,6 +19,7 @@ from deqa_jax.data.soft_labels import moments, soft_labels
 from deqa_jax.parameters import Leaves, unflatten
 from deqa_jax.preprocess import load_square
 from deqa_jax.scorer import check_fit, programs
+from deqa_jax.sharding import BATCH, feed, gather
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +61,13 @@ class Evaluator:
         *,
         dtype: str,
         batch_size: int,
-        sharding: jax.sharding.Sharding,
+        mesh: Mesh,
     ):
         self._preprocess = checkpoint.preprocess()
         ids, level_ids = check_fit(checkpoint, self._preprocess, "eval")
         self._prefill, self._run = programs(graphdef, ids, level_ids, self._preprocess, dtype)
-        self._sets, self._batch_size, self._sharding = sets, batch_size, sharding
+        self._sets, self._batch_size = sets, batch_size
+        self._sharding, self._feed = NamedSharding(mesh, BATCH), feed(mesh)
 
     def __call__(self, params: Leaves) -> dict[str, float]:
         """SRCC and PLCC without a fit, JS, and the loss, each the mean over the sets.
@@ -78,10 +81,12 @@ class Evaluator:
 
     def _evaluate(self, one: HeldOut, tree: object, cache: object) -> dict[str, float]:
         logits = []
-        for pixels, count in self._batches(one):
-            prediction = self._run(tree, cache, jax.device_put(pixels, self._sharding), open_set=False)
-            logits.append(np.asarray(prediction.logits)[:count])
-        probs = scipy.special.softmax(np.concatenate(logits).astype(np.float64), axis=1)
+        for pixels in self._batches(one):
+            batch = jax.make_array_from_process_local_data(
+                self._sharding, pixels, (self._batch_size, *pixels.shape[1:])
+            )
+            logits.append(gather(self._run(tree, cache, batch, open_set=False).logits))
+        probs = scipy.special.softmax(np.concatenate(logits)[: len(one.items)].astype(np.float64), axis=1)
         mean, std = moments(probs)
         truth, truth_mean, truth_std = (
             np.array([getattr(item, name) for item in one.items], np.float64)
@@ -95,13 +100,15 @@ class Evaluator:
             "js": float(metrics.js_divergence(truth_mean, truth_std, mean, std).mean()),
         }
 
-    def _batches(self, one: HeldOut) -> Iterator[tuple[np.ndarray, int]]:
-        """Padded batches of pixels, and how many of them are images."""
+    def _batches(self, one: HeldOut) -> Iterator[np.ndarray]:
+        """Pixels of this process's rows of every batch; the last one is padded."""
+        part, parts = self._feed
+        rows, size = self._batch_size // parts, self._preprocess.size
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             # A batch at a time: all paths at once would put every image of the set into memory.
             for start in range(0, len(one.paths), self._batch_size):
-                paths = one.paths[start : start + self._batch_size]
-                group = list(pool.map(lambda path: load_square(path, self._preprocess), paths))
-                batch = np.zeros((self._batch_size, *group[0].shape), np.uint8)
-                batch[: len(group)] = group
-                yield batch, len(group)
+                paths = one.paths[start : start + self._batch_size][part * rows : (part + 1) * rows]
+                batch = np.zeros((rows, size, size, 3), np.uint8)
+                for row, pixels in enumerate(pool.map(lambda path: load_square(path, self._preprocess), paths)):
+                    batch[row] = pixels
+                yield batch

@@ -11,9 +11,15 @@ from deqa_jax.files import write_text
 
 
 class Log:
-    """Appends a line a step and a line an evaluation; a run that goes on cuts off what it does again."""
+    """Appends a line a step and a line an evaluation; a run that goes on cuts off what it does again.
 
-    def __init__(self, folder: Path, name: str):
+    One that does not write (of several processes only the first does) takes the same calls.
+    """
+
+    def __init__(self, folder: Path, name: str, *, writes: bool = True):
+        self._writes = writes
+        if not writes:
+            return
         self._path = folder / name
         self._board: Any = None
         with contextlib.suppress(ModuleNotFoundError):
@@ -29,12 +35,16 @@ class Log:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if not self._writes:
+            return
         self._file.close()
         if self._board is not None:
             self._board.close()
 
     def cut(self, step: int) -> None:
         """Forgets what was said of steps from `step` on, and a torn last line."""
+        if not self._writes:
+            return
         kept = []
         for line in self._path.read_text(encoding="utf-8").splitlines(keepends=True):
             with contextlib.suppress(ValueError):
@@ -48,19 +58,17 @@ class Log:
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """What a step came to."""
-        self._write({"step": step, **values})
-        self._show("train", step, values)
+        self._write("train", {"step": step, **values}, values)
 
     def evaluation(self, step: int, values: Mapping[str, float]) -> None:
         """What held-out images came to after `step` steps."""
-        self._write({"step": step, "evaluation": dict(values)})
-        self._show("evaluation", step, values)
+        self._write("evaluation", {"step": step, "evaluation": dict(values)}, values)
 
-    def _write(self, entry: Mapping[str, Any]) -> None:
+    def _write(self, group: str, entry: Mapping[str, Any], values: Mapping[str, float]) -> None:
+        if not self._writes:
+            return
         self._file.write(json.dumps(entry) + "\n")
         self._file.flush()
-
-    def _show(self, group: str, step: int, values: Mapping[str, float]) -> None:
         if self._board is not None:
             for name, value in values.items():
-                self._board.add_scalar(f"{group}/{name}", value, step)
+                self._board.add_scalar(f"{group}/{name}", value, entry["step"])

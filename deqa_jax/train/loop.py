@@ -10,34 +10,35 @@ The folder of a run has:
 """
 
 import contextlib
+import dataclasses
 import logging
 import math
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from deqa_jax import lora
 from deqa_jax.checkpoint import Checkpoint
-from deqa_jax.config import ConfigError, Execution
+from deqa_jax.config import ConfigError
 from deqa_jax.data.pipeline import TrainingData, open_sets
+from deqa_jax.distributed import check_shared, first_goes_first, is_first
 from deqa_jax.files import write_text
-from deqa_jax.parameters import Leaves, parameter_shapes
+from deqa_jax.parameters import Leaves, ParamPath
 from deqa_jax.scorer import check_fit, use_compilation_cache
+from deqa_jax.sharding import batch_shards, check_memory, feed, make_mesh
 from deqa_jax.train.evaluation import Evaluator, open_held_out
 from deqa_jax.train.log import Log
 from deqa_jax.train.objective import Batch, Objective
-from deqa_jax.train.optimizer import make_optimizer, multipliers, schedule
+from deqa_jax.train.program import Program
 from deqa_jax.train.saving import Best, Progress, Saver
-from deqa_jax.train.settings import CONFIG_FILE, TrainConfig, write_config
-from deqa_jax.train.step import Task, TrainState, make_step
+from deqa_jax.train.settings import CONFIG_FILE, TrainConfig, read_config, write_config
+from deqa_jax.train.step import TrainState
 
 LOG_FILE = "log.jsonl"
 
@@ -58,25 +59,34 @@ def train(config: TrainConfig) -> Path:
       ConfigError: the configuration does not fit the model or the run that its folder has.
       MetaError: training or held-out metas are missing or malformed.
       CheckpointError, ConversionError: the model cannot be opened.
+      DistributedError: processes do not share the output's folder.
       TrainingError: the loss is no number any more, or the run was asked to stop; what was reached is saved.
     """
     use_compilation_cache()
-    run = _Run(config)
     folder = Path(config.output)
-    _claim(folder, config)
-    with Log(folder, LOG_FILE) as log, Saver(folder, run.checkpoint, config.lora, keep=config.checkpoint.keep) as saver:
+    run = _Run(config)
+    check_shared(folder)
+    with first_goes_first():
+        _claim(folder, config)
+    saver = Saver(folder, run.checkpoint, config.lora, keep=config.checkpoint.keep, batch_size=run.program.batch_size)
+    with Log(folder, LOG_FILE, writes=is_first()) as log, saver:
         return run.train(log, saver)
 
 
 def _claim(folder: Path, config: TrainConfig) -> None:
-    """Writes the configuration into the run's folder, or sees that it is the one that is there."""
-    path, text = folder / CONFIG_FILE, write_config(config)
+    """Writes the configuration into the run's folder, or sees that it is the one that is there.
+
+    Devices may change while a run is interrupted; that its batches stay the same, the checkpoint sees to.
+    """
+    path = folder / CONFIG_FILE
     if not path.exists():
-        write_text(path, text)
+        write_text(path, write_config(config))
         return
-    before = path.read_text(encoding="utf-8").splitlines()
-    if before != text.splitlines():
-        changed = [line.strip() for line in text.splitlines() if line not in before]
+    saved = read_config(path)
+    here = dataclasses.replace(config, mesh=saved.mesh, batch_size_per_device=saved.batch_size_per_device)
+    before, text = write_config(saved).splitlines(), write_config(here).splitlines()
+    if before != text:
+        changed = [line.strip() for line in text if line not in before]
         raise ConfigError(
             f"{folder} has a run of another configuration (now {', '.join(changed) or 'less is said'}); "
             "give the same one to go on, or another output"
@@ -99,7 +109,9 @@ class _Run:
         from deqa_jax.convert.to_jax import resolve
 
         self.config = config
-        self.checkpoint = Checkpoint.open(resolve(config.model))
+        mesh = make_mesh(config.mesh)
+        with first_goes_first():
+            self.checkpoint = Checkpoint.open(resolve(config.model))
         preprocess = self.checkpoint.preprocess()
         _, level_ids = check_fit(self.checkpoint, preprocess, "eval")
         self.data = TrainingData(
@@ -111,41 +123,20 @@ class _Run:
             seed=config.seed,
         )
         held_out = open_held_out(config.evaluation.metas, config.data.root)
-
-        mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
-        self.replicated = NamedSharding(mesh, PartitionSpec())
-        self.sharded = NamedSharding(mesh, PartitionSpec("data"))
-        self.batch_size = config.batch_size_per_device * jax.device_count()
-        self.steps = config.steps or math.ceil(config.epochs * self.data.epoch / self.batch_size)
-
-        self.shapes = parameter_shapes(self.checkpoint.config)
-        self.adapters = {} if config.lora is None else lora.adapter_shapes(self.shapes, config.lora)
-        self.shapes = {**self.shapes, **self.adapters}
-        rates = multipliers(self.shapes, config.parameters)
-        self.trained = {path: rate for path, rate in rates.items() if rate}
-        if idle := ["/".join(path) for path in self.adapters if path not in self.trained]:
-            raise ConfigError(f"parameters: {', '.join(idle)} are frozen; adapters are there to be trained")
-        updates = math.ceil(self.steps / config.optimizer.accumulate)
-        self.rate = schedule(config.optimizer, updates)
-        self.optimizer = make_optimizer(config.optimizer, updates, self.trained)
-        task = Task(
-            self.checkpoint.config,
-            preprocess,
-            self.data.before,
-            level_ids,
-            config.objective,
-            Execution(dtype=config.dtype, remat=config.remat),
-            config.lora,
-            config.seed,
+        batch_size = config.batch_size_per_device * mesh.size
+        self.steps = config.steps or math.ceil(config.epochs * self.data.epoch / batch_size)
+        self.program = Program(
+            config, self.checkpoint.config, preprocess, self.data.before, level_ids, steps=self.steps, mesh=mesh
         )
-        self.step = jax.jit(make_step(task, self.optimizer, self.shapes), donate_argnums=0)
+        check_memory("the run's parameters and optimizer", self.program.bytes_per_device(), mesh)
+        self.feed = feed(mesh)
         self.evaluate = Evaluator(
             self.checkpoint,
-            task.graph(training=False),
+            self.program.task.graph(training=False),
             held_out,
             dtype=config.dtype,
-            batch_size=-(-config.evaluation.batch_size // jax.device_count()) * jax.device_count(),
-            sharding=self.sharded,
+            batch_size=-(-config.evaluation.batch_size // batch_shards(mesh)) * batch_shards(mesh),
+            mesh=mesh,
         )
         self.evaluates = bool(held_out)
 
@@ -153,33 +144,43 @@ class _Run:
 
     def first_state(self) -> TrainState:
         """The state before the first step."""
-        params = self.checkpoint.restore("float32", only=self.trained.keys() - self.adapters.keys())
-        params |= lora.init(self.adapters, jax.random.key(self.config.seed))
-        return self.place(TrainState(jnp.int32(0), params, jax.jit(self.optimizer.init)(params)))
+        params = self._restore("float32", self.program.trained.keys() - self.program.adapters.keys())
+        params |= self.program.first_adapters()
+        return TrainState(self._everywhere(jnp.int32(0)), params, self.program.first_optimizer(params))
 
     def frozen(self) -> Leaves:
         """Parameters that are not trained, in the dtype that they are used in."""
-        frozen = self.checkpoint.restore(self.config.dtype, only=self.shapes.keys() - self.trained.keys())
-        return self.place(frozen)
+        return self._restore(self.config.dtype, self.program.frozen_paths)
 
-    def place(self, tree: Any) -> Any:
-        """Puts arrays on every device."""
-        return jax.device_put(tree, self.replicated)
+    def _restore(self, dtype: str, paths: Collection[ParamPath]) -> Leaves:
+        return self.checkpoint.restore(dtype, shardings=self.program.shardings, only=paths)
+
+    def _everywhere(self, value: Any) -> Any:
+        return jax.device_put(value, self.program.state().step.sharding)
 
     def batch(self, rows: dict[str, np.ndarray]) -> Batch:
         """This process's rows of a batch, as its part of the whole on the devices."""
-        return Batch(**{name: jax.make_array_from_process_local_data(self.sharded, x) for name, x in rows.items()})
+        size = self.program.batch_size
+        return Batch(
+            **{
+                name: jax.make_array_from_process_local_data(self.program.batch_sharding, x, (size, *x.shape[1:]))
+                for name, x in rows.items()
+            }
+        )
 
     # ---- the loop -----------------------------------------------------------------------------------------
 
     def train(self, log: Log, saver: Saver) -> Path:
         """Runs what is left of the steps."""
-        state, frozen, progress = self.first_state(), self.frozen(), Progress()
-        rows = self.data.batches(self.batch_size, process=jax.process_index(), processes=jax.process_count())
-        if saved := saver.restore(state):
+        part, parts = self.feed
+        rows = self.data.batches(self.program.batch_size, process=part, processes=parts)
+        if saved := saver.restore(self.program.state()):
             state, progress, data_state = saved
             rows.set_state(data_state)
             _logger.info("going on after step %d of %d", progress.step, self.steps)
+        else:
+            state, progress = self.first_state(), Progress()
+        frozen = self.frozen()
         log.cut(progress.step)
         if progress.step < self.steps:
             with _until_told_to_stop() as told, self._bar(progress.step) as bar:
@@ -189,9 +190,10 @@ class _Run:
                     progress = progress._replace(step=step + 1)
                     if self._is_due(step, self.config.evaluation.every) and self.evaluates:
                         progress = self._evaluated(log, saver, state, frozen, progress)
-                    if self._is_due(step, self.config.checkpoint.every) or told:
+                    stop = told(step)
+                    if self._is_due(step, self.config.checkpoint.every) or stop:
                         saver.save(state, progress, data_state)
-                    if told and step + 1 < self.steps:
+                    if stop and step + 1 < self.steps:
                         saver.wait()
                         raise TrainingError(
                             f"asked to stop after step {step + 1} of {self.steps}; saved. The same command goes on"
@@ -206,10 +208,7 @@ class _Run:
     ) -> Iterator[tuple[int, TrainState, dict[str, Any], Any]]:
         """Steps with their state, metrics and what the data go on from; the next batch is read as a step runs."""
         batch, data_state = self.batch(next(rows)), rows.get_state()
-        traced = self.step.trace(state, frozen, batch)
-        # JAX itself promotes types implicitly where it lowers attention's gradient in bfloat16.
-        with jax.numpy_dtype_promotion("standard"):
-            run = traced.lower().compile()
+        run = self.program.compile(batch)
         for step in range(start, self.steps):
             state, metrics = run(state, frozen, batch)
             resume_at = data_state
@@ -221,14 +220,14 @@ class _Run:
         return (step + 1) % every == 0 or step + 1 == self.steps
 
     def _bar(self, start: int) -> "tqdm[Any]":
-        images = self.batch_size * (2 if self.config.data.pairs else 1)
+        images = self.program.batch_size * (2 if self.config.data.pairs else 1)
         return tqdm(
             total=self.steps * images,
             initial=start * images,
             unit="image",
             unit_scale=True,
             file=sys.stderr,
-            disable=None,
+            disable=None if is_first() else True,
         )
 
     def _to_keep(self, state: TrainState, frozen: Leaves) -> Leaves:
@@ -243,10 +242,10 @@ class _Run:
                 f"step {step}: {wrong}; try a lower optimizer.learning_rate, with another output: "
                 f"{self.config.output} has the checkpoints before"
             )
-        rate = float(self.rate(step // self.config.optimizer.accumulate))
+        rate = float(self.program.rate(step // self.config.optimizer.accumulate))
         log.step(step, {**values, "learning_rate": rate})
         bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
-        bar.update(self.batch_size * (2 if self.config.data.pairs else 1))
+        bar.update(self.program.batch_size * (2 if self.config.data.pairs else 1))
 
     def _evaluated(self, log: Log, saver: Saver, state: TrainState, frozen: Leaves, progress: Progress) -> Progress:
         found = self.evaluate({**frozen, **state.params})
@@ -265,11 +264,17 @@ class _Run:
 
 
 @contextlib.contextmanager
-def _until_told_to_stop() -> Iterator[list[int]]:
-    """A list that is empty until SIGTERM comes, as it does before a machine is taken away."""
+def _until_told_to_stop() -> Iterator[Callable[[int], bool]]:
+    """Says after each step whether SIGTERM has come, as it does before a machine is taken away."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        # JAX watches for the signal, and has all processes stop after the same step.
+        yield multihost_utils.reached_preemption_sync_point
+        return
     told: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
     try:
-        yield told
+        yield lambda step: bool(told)
     finally:
         signal.signal(signal.SIGTERM, before)

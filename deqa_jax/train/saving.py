@@ -1,8 +1,9 @@
 """What a run leaves on disk: checkpoints to resume from, and the best model so far."""
 
+import contextlib
 import hashlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -11,6 +12,8 @@ import jax
 import orbax.checkpoint as ocp
 
 from deqa_jax.checkpoint import SIDE_FILES, Adapter, Checkpoint, InMemory, write_checkpoint
+from deqa_jax.config import ConfigError
+from deqa_jax.distributed import first_goes_first, is_first, wait_for_all
 from deqa_jax.files import new_folder
 from deqa_jax.lora import LoraConfig
 from deqa_jax.parameters import Leaves, flatten, unflatten
@@ -38,13 +41,23 @@ class Progress(NamedTuple):
 class Saver:
     """Writes and reads a run's folder; checkpoints are written while training goes on."""
 
-    def __init__(self, folder: Path, base: Checkpoint, lora: LoraConfig | None, *, keep: int):
-        self._folder, self._base, self._lora = folder, base, lora
+    def __init__(self, folder: Path, base: Checkpoint, lora: LoraConfig | None, *, keep: int, batch_size: int):
+        """Opens a folder.
+
+        Args:
+          folder: of the run.
+          base: what it started from.
+          lora: its adapters.
+          keep: how many of the last checkpoints are kept.
+          batch_size: examples in a batch, over all devices: the place in the data is counted in batches.
+        """
+        self._folder, self._base, self._lora, self._batch_size = folder, base, lora, batch_size
         options = ocp.CheckpointManagerOptions(max_to_keep=keep)
         self._manager = ocp.CheckpointManager((folder / CHECKPOINTS).absolute(), options=options)
         # What a run was writing when it was killed.
-        for torn in folder.glob(f".{_BEST}*.tmp"):
-            shutil.rmtree(torn, ignore_errors=True)
+        with first_goes_first():
+            for torn in folder.glob(f".{_BEST}*.tmp"):
+                shutil.rmtree(torn, ignore_errors=True)
 
     def __enter__(self) -> "Saver":
         return self
@@ -62,7 +75,12 @@ class Saver:
         """Everything that the run needs to go on from here."""
         if progress.step in self._manager.all_steps():
             return
-        run = {"progress": progress.step, "best": progress.best and list(progress.best), "data": data_state}
+        run = {
+            "progress": progress.step,
+            "best": progress.best and list(progress.best),
+            "data": data_state,
+            "batch_size": self._batch_size,
+        }
         self._manager.save(
             progress.step,
             args=ocp.args.Composite(state=ocp.args.StandardSave(_nested(state)), run=ocp.args.JsonSave(run)),
@@ -70,15 +88,18 @@ class Saver:
         )
 
     def restore(self, like: TrainState) -> tuple[TrainState, Progress, Any] | None:
-        """The last complete checkpoint, placed as `like` is; None if there is none."""
+        """The last complete checkpoint, placed as `like` (arrays, or their shapes) is; None if there is none."""
         step = self._manager.latest_step()
         if step is None:
             return None
+        run = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
+        if run["batch_size"] != self._batch_size:
+            raise ConfigError(
+                f"{self._folder}: its batches have {run['batch_size']} examples, these devices make {self._batch_size} "
+                f"at once; change batch_size_per_device so that it is {run['batch_size']} again"
+            )
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, _nested(like))
-        saved = self._manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target), run=ocp.args.JsonRestore())
-        )
-        run = saved["run"]
+        saved = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))
         best = run["best"] and Best(*run["best"])
         return _flat(saved["state"], like), Progress(run["progress"], best), run["data"]
 
@@ -96,7 +117,7 @@ class Saver:
         settings = self._folder / CONFIG_FILE
         # A run that does steps again, after it was killed, finds what it wrote before: the same.
         if not out.exists():
-            with new_folder(out) as temporary:
+            with _new_folder(out) as temporary:
                 write_checkpoint(
                     temporary,
                     config=self._base.config,
@@ -116,13 +137,31 @@ class Saver:
                     },
                     adapter=None if self._lora is None else Adapter(self._base, self._lora),
                 )
-        for other in self._folder.glob(f"{_BEST}*"):
-            if other != out:
-                shutil.rmtree(other)
+        if is_first():
+            for other in self._folder.glob(f"{_BEST}*"):
+                if other != out:
+                    shutil.rmtree(other)
 
     def best_folder(self, progress: Progress) -> Path:
         """Where the best checkpoint is."""
         return self._folder / f"{_BEST}{progress.best.step if progress.best else progress.step}"
+
+
+@contextlib.contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """`files.new_folder` for all processes together."""
+    if jax.process_count() == 1:
+        with new_folder(out) as temporary:
+            yield temporary
+        return
+    temporary = out.parent / f".{out.name}.tmp"
+    with first_goes_first():
+        temporary.mkdir(exist_ok=True)
+    yield temporary
+    wait_for_all()
+    with first_goes_first():
+        if is_first():
+            temporary.rename(out)
 
 
 def _nested(tree: Any) -> Any:

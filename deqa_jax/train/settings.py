@@ -12,7 +12,7 @@ from typing import Any
 import draccus
 import yaml
 
-from deqa_jax.config import ConfigError
+from deqa_jax.config import ConfigError, MeshConfig
 from deqa_jax.data.pipeline import DataConfig
 from deqa_jax.lora import LoraConfig
 from deqa_jax.train.objective import Objective
@@ -68,6 +68,7 @@ class TrainConfig:
       parameters: what is trained, and how fast: for each parameter the first rule found in its path.
       lora: adapters; none without it.
       checkpoint: what the run can be resumed from.
+      mesh: how devices share the work; a run can go on with another mesh of as many devices.
       epochs: times that every image is seen.
       steps: batches to train on, in place of `epochs`; 0 to go by these.
       batch_size_per_device: pairs, or single images, on each device at once.
@@ -85,6 +86,7 @@ class TrainConfig:
     parameters: tuple[ParameterRule, ...] = (ParameterRule("", 1.0),)
     lora: LoraConfig | None = None
     checkpoint: CheckpointConfig = CheckpointConfig()
+    mesh: MeshConfig = MeshConfig()
     epochs: float = 3.0
     steps: int = 0
     batch_size_per_device: int = 16

@@ -67,7 +67,12 @@ class Task:
 TrainStep = Callable[[TrainState, Leaves, Batch], tuple[TrainState, dict[str, Array]]]
 
 
-def make_step(task: Task, optimizer: optax.GradientTransformation, shapes: Mapping[ParamPath, Any]) -> TrainStep:
+def make_step(
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    shapes: Mapping[ParamPath, Any],
+    shardings: Mapping[ParamPath, jax.sharding.Sharding] | None = None,
+) -> TrainStep:
     """The function `state, frozen, batch -> state, metrics`, to be compiled with its state donated.
 
     Metrics are the loss and its terms (`objective.batch_loss`) and `grad_norm`, before clipping.
@@ -76,11 +81,14 @@ def make_step(task: Task, optimizer: optax.GradientTransformation, shapes: Mappi
       task: model and objective.
       optimizer: of the trained parameters.
       shapes: of every parameter, adapters included.
+      shardings: where they lie; gradients are put there too. On one device there is nothing to say.
     """
     graphdef = task.graph(training=True)
 
     def loss(trained: Leaves, frozen: Leaves, keys: Leaves, batch: Batch) -> tuple[Array, dict[str, Array]]:
-        model = nnx.merge(graphdef, unflatten({**frozen, **trained, **keys}))
+        # Cast before they are gathered from other devices, and before the scan over layers collects their gradients.
+        used = {path: x.astype(task.execution.dtype) if path[-1] == "kernel" else x for path, x in trained.items()}
+        model = nnx.merge(graphdef, unflatten({**frozen, **used, **keys}))
         logits = answer_logits(model, task, batch)
         return batch_loss(logits, batch, jnp.asarray(task.level_ids), task.objective)
 
@@ -90,6 +98,8 @@ def make_step(task: Task, optimizer: optax.GradientTransformation, shapes: Mappi
             keys = lora.dropout_keys(shapes, task.lora, jax.random.fold_in(jax.random.key(task.seed), state.step))
         with jax.default_matmul_precision("highest" if task.execution.dtype == "float32" else None):
             (value, terms), gradient = jax.value_and_grad(loss, has_aux=True)(state.params, frozen, keys, batch)
+        if shardings is not None:
+            gradient = jax.lax.with_sharding_constraint(gradient, {path: shardings[path] for path in gradient})
         # Inside, optax promotes counts to float32 implicitly.
         with jax.numpy_dtype_promotion("standard"):
             updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)

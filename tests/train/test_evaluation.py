@@ -2,21 +2,20 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 import scipy.special
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from small_runs import rating, write_metas, write_tiny
 
 from deqa_jax import metrics
 from deqa_jax.checkpoint import Checkpoint
-from deqa_jax.config import Execution
+from deqa_jax.config import Execution, MeshConfig
 from deqa_jax.data.metas import MetaError
 from deqa_jax.data.soft_labels import soft_labels
-from deqa_jax.parameters import abstract_model
+from deqa_jax.parameters import abstract_model, parameter_shapes
 from deqa_jax.scorer import Scorer, use_compilation_cache
+from deqa_jax.sharding import make_mesh, parameter_shardings
 from deqa_jax.train.evaluation import Evaluator, open_held_out
 
 
@@ -35,7 +34,7 @@ def evaluator(root):
     """An evaluator of some sets, over all devices."""
     use_compilation_cache()
     checkpoint = Checkpoint.open(root / "M")
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    mesh = make_mesh(MeshConfig())
 
     def make(names, batch_size=8):
         return Evaluator(
@@ -44,7 +43,7 @@ def evaluator(root):
             open_held_out([str(root / name) for name in names], str(root)),
             dtype="float32",
             batch_size=batch_size,
-            sharding=NamedSharding(mesh, PartitionSpec("data")),
+            mesh=mesh,
         )
 
     return make
@@ -52,8 +51,9 @@ def evaluator(root):
 
 @pytest.fixture(scope="module")
 def params(root):
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
-    return jax.device_put(Checkpoint.open(root / "M").restore("float32"), NamedSharding(mesh, PartitionSpec()))
+    checkpoint = Checkpoint.open(root / "M")
+    shardings = parameter_shardings(parameter_shapes(checkpoint.config), make_mesh(MeshConfig()))
+    return checkpoint.restore("float32", shardings=shardings)
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ from deqa_jax import metrics
 from deqa_jax.checkpoint import Checkpoint
 from deqa_jax.config import ConfigError
 from deqa_jax.scorer import Scorer
+from deqa_jax.sharding import make_mesh
 from deqa_jax.train import loop
 from deqa_jax.train.evaluation import Evaluator
 from deqa_jax.train.loop import needed_fields, train
@@ -288,7 +289,7 @@ def copy_of(config, folder):
 def test_eight_devices_have_the_losses_of_one(finished, place, monkeypatch):
     config, _ = finished
     assert jax.device_count() == 8
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    monkeypatch.setattr(loop, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
     alone = dataclasses.replace(config, output=str(place / "alone"), batch_size_per_device=8)
     train(alone)
     ours, theirs = losses_of(place / "finished"), losses_of(place / "alone")
@@ -408,7 +409,7 @@ def test_epochs_are_steps_over_all_sets_and_devices(place):
     tree["data"] |= {"metas": [str(place / "mixed.json"), str(place / "train.json")], "weights": [2, 1], "pairs": False}
     run = loop._Run(read_config(write_settings(place / "m.yaml", tree)))
     # 13 images in an epoch: one and a half are 19.5, three batches of eight.
-    assert (run.data.epoch, run.batch_size, run.steps) == (13, 8, 3)
+    assert (run.data.epoch, run.program.batch_size, run.steps) == (13, 8, 3)
     assert loop._Run(dataclasses.replace(run.config, steps=5)).steps == 5
 
 
