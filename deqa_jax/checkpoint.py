@@ -150,6 +150,8 @@ def _save_params(path: Path, leaves: Mapping[ParamPath, Leaf], progress: Callabl
                 for future in await super().serialize([array], [info], [arg]):
                     future.result()
                 progress(array.nbytes)
+                # Before the next one is made: the name alone would keep it.
+                del array
             return []
 
     registry = ocp.type_handlers.create_type_handler_registry(

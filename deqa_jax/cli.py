@@ -8,6 +8,7 @@ import io
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
             stream.reconfigure(errors=errors)
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("deqa_jax").setLevel(logging.INFO)
+    status = _run(options)
+    if "jax" in sys.modules:
+        from deqa_jax import distributed
+
+        if distributed.several():
+            distributed.fail(status) if status else distributed.leave()
+    sys.exit(status)
+
+
+def _run(options: argparse.Namespace) -> int:
     try:
         status = {
             "score": _score,
@@ -56,17 +67,58 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "init": _init,
         }[options.command](options)
         sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
-        status = _fail("interrupted; what was finished is written", _INTERRUPTED)
+        return _fail("interrupted; what was finished is written", _INTERRUPTED)
     except (FileExistsError, NotADirectoryError) as error:
-        status = _fail(_reason(error), USAGE_STATUS)
+        return _fail(_reason(error), USAGE_STATUS)
     except BrokenPipeError:
         # The reader of our output went away (`deqa score … | head`); keep Python from complaining about it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = _FAILED
+        return _FAILED
     except OSError as error:
-        status = _fail(_reason(error), _FAILED)
-    sys.exit(status)
+        return _fail(_reason(error), _FAILED)
+    except Exception as error:
+        if "jax" not in sys.modules:
+            raise
+        return _crashed(error)
+
+
+def _crashed(error: Exception) -> int:
+    """Explains what JAX reports. Raises what is no such thing, or shows it if other processes wait for this one."""
+    import jax
+
+    from deqa_jax import distributed
+
+    if isinstance(error, distributed.DistributedError):
+        return _fail(str(error), _FAILED)
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        shown = str(error).splitlines()[0]
+        if "RESOURCE_EXHAUSTED" in shown:
+            return _fail(
+                "not enough memory; take smaller batches, bfloat16, or a mesh that splits the model over more devices. "
+                f"`deqa plan` says what fits ({shown})",
+                _FAILED,
+            )
+        if distributed.several():
+            return _fail(
+                "another process of this job has ended or does not answer; its own output says why, and the same "
+                f"command goes on from what is finished ({shown})",
+                _FAILED,
+            )
+    if not distributed.several():
+        raise error
+    traceback.print_exc()
+    return _FAILED
+
+
+def _join() -> None:
+    """Becomes one of several processes, if the environment says so. Of their notes, the first one's are enough."""
+    from deqa_jax import distributed
+
+    distributed.join()
+    if not distributed.is_first():
+        logging.getLogger("deqa_jax").setLevel(logging.WARNING)
 
 
 def _reason(error: OSError) -> str:
@@ -90,12 +142,18 @@ def _score(options: argparse.Namespace) -> int:
     except UsageError as error:
         return _fail(str(error), USAGE_STATUS)
 
-    from deqa_jax.score_files import score_files
+    _join()
+    from deqa_jax.distributed import several
+    from deqa_jax.score_files import score_files, score_together
 
+    if several() and options.output is None:
+        return _fail("several processes need --output FILE, in a folder that all of them share", USAGE_STATUS)
     scorer = _open_scorer(options)
     if isinstance(scorer, str):
         return _fail(scorer, _FAILED)
-    if options.output is None:
+    if several():
+        failed = score_together(scorer, paths, options.output, format=options.format)
+    elif options.output is None:
         failed = score_files(scorer, paths, sys.stdout, format=options.format)
     else:
         with options.output.open("x", encoding="utf-8", errors="backslashreplace") as output:
@@ -134,6 +192,7 @@ def _infer(options: argparse.Namespace) -> int:
         return _fail("--records goes with --dataset", USAGE_STATUS)
     if (options.records is None) == (options.root is None):
         return _fail("say where the images are: --root DIR, or --records DIR for prepared ones", USAGE_STATUS)
+    _join()
     from deqa_jax.data.datasets import UnknownDatasetError, named
     from deqa_jax.data.metas import MetaError
     from deqa_jax.infer import InferenceError, infer, metas_of, sets_of_files, sets_of_records
@@ -239,6 +298,7 @@ def _train(options: argparse.Namespace) -> int:
         from deqa_jax.train.settings import read_config
     except ModuleNotFoundError as error:
         return _fail(f"{error}; training needs an extra: pip install 'deqa-jax[train]'", _FAILED)
+    _join()
     try:
         best = train(read_config(options.config_path, options.overrides))
     except (CheckpointError, ConfigError, ConversionError, ImageError, MetaError, PromptError, TrainingError) as error:

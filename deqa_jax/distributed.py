@@ -3,9 +3,11 @@
 import contextlib
 import itertools
 import os
+import sys
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NoReturn
 
 import jax
 import numpy as np
@@ -16,6 +18,8 @@ AUTOMATIC = "DEQA_DISTRIBUTED"
 
 # A process that is silent for so long is dead, and the others end too.
 _HEARTBEAT_SECONDS = 30
+# One that has failed gives the others so long to fail by themselves.
+_FAREWELL_SECONDS = 10
 # Processes with more work than others are waited for.
 _PATIENCE_SECONDS = 7 * 24 * 3600
 
@@ -38,24 +42,52 @@ def join(environment: Mapping[str, str] = os.environ) -> None:
         raise DistributedError(f"{AUTOMATIC} is auto or not set, not {automatic!r}")
     if not explicit and not automatic:
         return
-    arguments: dict[str, object] = {}
+    address, processes, process = None, None, None
     if not automatic:
         if missing := [name for name in (_ADDRESS, _PROCESSES, _PROCESS) if name not in explicit]:
             raise DistributedError(f"{', '.join(explicit)} without {', '.join(missing)}: set all three, or none")
-        numbers = [explicit[_PROCESSES], explicit[_PROCESS]]
+        address, *numbers = (explicit[name] for name in (_ADDRESS, _PROCESSES, _PROCESS))
         if not all(number.isdecimal() for number in numbers) or not int(numbers[1]) < int(numbers[0]):
             raise DistributedError(
                 f"{_PROCESS} {numbers[1]} of {_PROCESSES} {numbers[0]}: processes are numbered from 0"
             )
-        arguments = {
-            "coordinator_address": explicit[_ADDRESS],
-            "num_processes": int(numbers[0]),
-            "process_id": int(numbers[1]),
-        }
+        if not address.rpartition(":")[2].isdecimal():
+            raise DistributedError(f"{_ADDRESS} {address}: give host:port of the first process")
+        processes, process = map(int, numbers)
     try:
-        jax.distributed.initialize(heartbeat_timeout_seconds=_HEARTBEAT_SECONDS, **arguments)
+        jax.distributed.initialize(
+            address,
+            processes,
+            process,
+            heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+            # All leave together, or by `fail`.
+            shutdown_timeout_seconds=_FAREWELL_SECONDS,
+        )
     except (RuntimeError, ValueError, OSError) as error:
         raise DistributedError(f"the processes of this job do not find each other: {error}") from error
+
+
+def several() -> bool:
+    """Whether this process is one of several."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def leave() -> None:
+    """Ends this process's part of the job when all others are done too."""
+    wait_for_all()
+    jax.distributed.shutdown()
+
+
+def fail(status: int) -> NoReturn:
+    """Ends this process, and so the others, which cannot go on without it.
+
+    Where all fail for the same reason, each has the time to say so.
+    """
+    sys.stdout.flush()
+    with contextlib.suppress(Exception):
+        _wait("farewell", _FAREWELL_SECONDS)
+    # An orderly exit would wait for the others, and they for it.
+    os._exit(status)
 
 
 def is_first() -> bool:
@@ -66,11 +98,22 @@ def is_first() -> bool:
 def wait_for_all() -> None:
     """Until every process is here; one that has died ends this one."""
     if jax.process_count() > 1:
-        from orbax.checkpoint import multihost
+        _wait(f"deqa {next(_barriers)}", _PATIENCE_SECONDS)
 
-        everyone = set(range(jax.process_count()))
-        name = f"deqa {next(_barriers)}"
-        multihost.sync_global_processes(name, timeout=_PATIENCE_SECONDS, processes=everyone)
+
+def _wait(name: str, seconds: int) -> None:
+    from orbax.checkpoint import multihost
+
+    multihost.sync_global_processes(name, timeout=seconds, processes=set(range(jax.process_count())))
+
+
+def total(number: int) -> int:
+    """The sum over all processes; all of them call it."""
+    if jax.process_count() == 1:
+        return number
+    from jax.experimental import multihost_utils
+
+    return int(multihost_utils.process_allgather(np.asarray(number)).sum())
 
 
 @contextlib.contextmanager

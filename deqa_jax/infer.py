@@ -13,10 +13,12 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import jax
 from tqdm import tqdm
 
+from deqa_jax import distributed
 from deqa_jax.config import ConfigError
 from deqa_jax.data.datasets import Dataset
 from deqa_jax.data.metas import Item, read_metas
@@ -27,6 +29,8 @@ from deqa_jax.scorer import Result, Scorer
 
 ERRORS_FILE = "errors.jsonl"
 RUN_FILE = "run.json"
+# Of a folder in it that one of several processes writes to.
+_PART = ".part-"
 
 # Of every line; see `_line`.
 _OPENING = b'{"id": "'
@@ -97,7 +101,8 @@ def infer(scorer: Scorer, sets: Sequence[ImageSet], out: Path) -> int:
     """Predicts what has no prediction yet, each written as soon as it is known.
 
     A line has the published fields (id, image, gt_score if known, the levels' logits, their probabilities in the whole
-    vocabulary) and score and std. A file that becomes complete is put in the order of its metas.
+    vocabulary) and score and std. In the end a file is put in the order of its metas. Of several processes each
+    predicts its share into files of its own, and the first puts them together.
 
     Args:
       scorer: the model.
@@ -108,57 +113,64 @@ def infer(scorer: Scorer, sets: Sequence[ImageSet], out: Path) -> int:
       How many images could not be read; they are listed in `errors.jsonl` and tried again by the next run.
 
     Raises:
-      InferenceError: the folder has predictions of another model or other metas, or another process writes to it.
+      InferenceError: the folder has predictions of another model or other metas, or another run writes to it.
+      DistributedError: the processes do not share the folder.
     """
-    with _alone_in(out):
-        _check_run(scorer, sets, out)
+    process, processes = jax.process_index(), jax.process_count()
+    with _alone_in(out) if distributed.is_first() else contextlib.nullcontext():
+        distributed.check_shared(out)
+        with distributed.first_goes_first():
+            if distributed.is_first():
+                _check_run(scorer, sets, out)
+                _collect(out, sets, retried={image_set.name for image_set in sets})
+        part = out if processes == 1 else out / f"{_PART}{process}"
+        part.mkdir(exist_ok=True)
         finished = {image_set.name: _finished(out / image_set.name, image_set) for image_set in sets}
-        errors = _Errors(out / ERRORS_FILE, retried=set(finished))
-        total = sum(len(image_set.items) for image_set in sets)
+        before = sum(map(len, finished.values()))
+        errors = _Errors(part / ERRORS_FILE)
         with tqdm(
-            total=total,
-            initial=sum(len(there.ids) for there in finished.values()),
+            total=sum(len(image_set.items) for image_set in sets) // processes,
+            initial=before // processes,
             unit="image",
             file=sys.stderr,
-            disable=None,
+            disable=None if distributed.is_first() else True,
         ) as progress:
             for image_set in sets:
                 progress.set_description(image_set.name)
-                _infer_set(scorer, image_set, out / image_set.name, finished[image_set.name], errors, progress)
-        return errors.count
-
-
-class _Finished(NamedTuple):
-    """Predictions that a file has: their ids, and the length of their lines, after which a torn one may follow."""
-
-    ids: set[str]
-    length: int
+                # By the place in the metas: where storage shows processes different results, none is left out.
+                share = range(process, len(image_set.items), processes)
+                todo = [index for index in share if image_set.items[index].id not in finished[image_set.name]]
+                _infer_set(scorer, image_set, todo, part / image_set.name, errors, progress)
+        failed = distributed.total(errors.count)
+        if distributed.is_first():
+            there = _collect(out, sets, retried=set())
+            missing = sum(len(image_set.items) for image_set in sets) - failed - sum(there.values())
+            if missing:
+                raise InferenceError(
+                    f"{out}: {missing} predictions of other processes do not show here yet; give the same command again"
+                )
+            for image_set in sets:
+                _logger.info(
+                    "%s: %d of %d images predicted, %d of them now",
+                    out / image_set.name, there[image_set.name], len(image_set.items),
+                    there[image_set.name] - len(finished[image_set.name]),
+                )  # fmt: skip
+        return failed
 
 
 def _infer_set(
-    scorer: Scorer, image_set: ImageSet, path: Path, finished: _Finished, errors: "_Errors", progress: "tqdm[Any]"
+    scorer: Scorer, image_set: ImageSet, todo: Sequence[int], path: Path, errors: "_Errors", progress: "tqdm[Any]"
 ) -> None:
-    todo = [index for index, item in enumerate(image_set.items) if item.id not in finished.ids]
-    failed = 0
     with path.open("a", encoding="utf-8") as file:
-        file.truncate(finished.length)
         results = scorer.stream((image_set.load(index) for index in todo), open_set=True)
         for index, result in zip(todo, results, strict=True):
             item = image_set.items[index]
             if result.error is not None:
                 errors.add(image_set.name, item, result.error)
-                failed += 1
             else:
                 file.write(_line(item, result))
                 file.flush()
             progress.update()
-    # Also where this run had nothing to do: the one before may have ended between its last line and this.
-    if not failed:
-        _put_in_order(path, image_set.items)
-    _logger.info(
-        "%s: %d of %d images predicted, %d of them now", path, len(image_set.items) - failed, len(image_set.items),
-        len(todo) - failed,
-    )  # fmt: skip
 
 
 def _line(item: Item, result: Result) -> str:
@@ -212,17 +224,14 @@ def _check_run(scorer: Scorer, sets: Sequence[ImageSet], out: Path) -> None:
         )
 
 
-def _finished(path: Path, image_set: ImageSet) -> _Finished:
-    """What a file has; it is not changed, as other files may yet be refused."""
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return _Finished(set(), 0)
-    length = content.rfind(b"\n") + 1
+def _finished(path: Path, image_set: ImageSet) -> set[str]:
+    """Ids of the predictions that a file has; the file is not changed, as others may yet be refused."""
     ids: set[str] = set()
-    known = {item.id for item in image_set.items}
     number = 0
-    for number, line in enumerate(content[:length].splitlines(), 1):
+    known = {item.id for item in image_set.items}
+    content = path.read_bytes() if path.exists() else b""
+    lines = _whole_lines(content)
+    for number, line in enumerate(lines, 1):
         try:
             id = json.loads(line)["id"]
             foreign, twice = id not in known, id in ids
@@ -233,42 +242,77 @@ def _finished(path: Path, image_set: ImageSet) -> _Finished:
         if twice:
             raise InferenceError(f"{path}:{number}: {id!r} is there twice; remove the line, or the file")
         ids.add(id)
-    torn = content[length:]
+    torn = content[sum(map(len, lines)) :]
     # Only what can be the beginning of a prediction is cut off: the file may be someone's metas.
     if torn[: len(_OPENING)] != _OPENING[: len(torn)]:
         raise InferenceError(f"{path}:{number + 1}: not a prediction; remove the line, or the file")
-    return _Finished(ids, length)
+    return ids
 
 
-def _put_in_order(path: Path, items: Sequence[Item]) -> None:
-    """Sorts predictions as their metas are: the published evaluation compares line by line."""
-    place = {item.id: index for index, item in enumerate(items)}
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    ordered = sorted(lines, key=lambda line: place[json.loads(line)["id"]])
-    if ordered != lines:
-        write_text(path, "".join(ordered))
+def _whole_lines(content: bytes) -> list[bytes]:
+    """Lines without a last one that a killed process did not end."""
+    return content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
+
+
+def _collect(out: Path, sets: Sequence[ImageSet], *, retried: set[str]) -> dict[str, int]:
+    """Puts what processes have written, of this run or an earlier one, into the files of results.
+
+    Predictions are put in the order of their metas: the published evaluation compares line by line.
+
+    Args:
+      out: folder of the results.
+      sets: whose predictions.
+      retried: names of sets whose errors are forgotten.
+
+    Returns:
+      How many predictions there are, by set.
+    """
+    folders = [out, *sorted(out.glob(f"{_PART}*"))]
+    for image_set in sets:
+        for folder in folders:
+            _finished(folder / image_set.name, image_set)
+    there = {}
+    for image_set in sets:
+        path, *parts = (folder / image_set.name for folder in folders)
+        content = path.read_bytes() if path.exists() else None
+        lines: dict[str, bytes] = {}
+        for text in (content or b"", *(part.read_bytes() for part in parts if part.exists())):
+            for line in _whole_lines(text):
+                # One that is there twice was collected when the run before was killed.
+                lines.setdefault(json.loads(line)["id"], line)
+        ordered = b"".join(lines[item.id] for item in image_set.items if item.id in lines)
+        if ordered != content:
+            write_text(path, ordered.decode())
+        for part in parts:
+            part.unlink(missing_ok=True)
+        there[image_set.name] = len(lines)
+    _collect_errors([folder / ERRORS_FILE for folder in folders], retried)
+    for folder in folders[1:]:
+        # A part may have predictions of other sets.
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+    return there
+
+
+def _collect_errors(files: Sequence[Path], retried: set[str]) -> None:
+    kept: list[str] = []
+    for path in files:
+        for line in path.read_bytes().splitlines() if path.exists() else ():
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                if json.loads(line)["metas"] not in retried:
+                    kept.append(line.decode() + "\n")
+    if kept:
+        write_text(files[0], "".join(kept))
+    for path in files[bool(kept) :]:
+        path.unlink(missing_ok=True)
 
 
 class _Errors:
-    """The list of images that could not be read, over all sets of a folder."""
+    """A list of images that could not be read, over all sets of a folder."""
 
-    def __init__(self, path: Path, *, retried: set[str]):
-        """Opens the list, and takes out what this run tries again."""
+    def __init__(self, path: Path):
         self.count = 0
         self._path = path
-        kept = []
-        if path.exists():
-            for line in path.read_bytes().splitlines():
-                with contextlib.suppress(ValueError, TypeError, KeyError):
-                    if json.loads(line)["metas"] not in retried:
-                        kept.append(line.decode() + "\n")
-        self._replace("".join(kept))
-
-    def _replace(self, text: str) -> None:
-        if text:
-            write_text(self._path, text)
-        else:
-            self._path.unlink(missing_ok=True)
 
     def add(self, metas: str, item: Item, error: str) -> None:
         """Lists an image."""

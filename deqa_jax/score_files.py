@@ -2,14 +2,18 @@
 
 import csv
 import glob
+import hashlib
 import json
+import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol, TextIO
 
+import jax
 from tqdm import tqdm
 
+from deqa_jax import distributed
 from deqa_jax.preprocess import IMAGE_SUFFIXES
 from deqa_jax.prompt import LEVELS
 from deqa_jax.scorer import Result, Scorer
@@ -152,8 +156,45 @@ def score_files(scorer: Scorer, paths: list[str], output: TextIO, *, format: str
       How many could not be read.
     """
     rows = _ROWS[format]()
-    failed = 0
     output.write(rows.header())
+    return _write_rows(scorer, paths, output, rows)
+
+
+def score_together(scorer: Scorer, paths: list[str], output: Path, *, format: str) -> int:
+    """Scores files as one of several processes: each writes the rows of its share, the first puts them together.
+
+    Returns:
+      How many could not be read, by any process.
+
+    Raises:
+      UsageError: the processes were given different files.
+      DistributedError: they do not share the output's folder.
+      FileExistsError: the output was made meanwhile.
+    """
+    rows = _ROWS[format]()
+    process, processes = jax.process_index(), jax.process_count()
+    listed = int(hashlib.sha256("\0".join(paths).encode(errors="surrogateescape")).hexdigest()[:8], 16)
+    if distributed.total(listed) != listed * processes:
+        raise UsageError("the processes were given different files; give all of them the same, not a list to share")
+    distributed.check_shared(output.parent)
+    parts = [output.with_name(f".{output.name}.part-{part}") for part in range(processes)]
+    bounds = [len(paths) * part // processes for part in range(processes + 1)]
+    with parts[process].open("w", encoding="utf-8", errors="backslashreplace") as part:
+        failed = _write_rows(scorer, paths[bounds[process] : bounds[process + 1]], part, rows)
+    failed = distributed.total(failed)
+    if distributed.is_first():
+        with output.open("xb") as whole:
+            whole.write(rows.header().encode())
+            for path in parts:
+                with path.open("rb") as part_of_it:
+                    shutil.copyfileobj(part_of_it, whole)
+        for path in parts:
+            path.unlink()
+    return failed
+
+
+def _write_rows(scorer: Scorer, paths: list[str], output: TextIO, rows: RowWriter) -> int:
+    failed = 0
     for path, result in zip(paths, _with_progress(scorer.stream(paths), len(paths), output), strict=True):
         output.write(rows.row(path, result))
         output.flush()
@@ -162,6 +203,6 @@ def score_files(scorer: Scorer, paths: list[str], output: TextIO, *, format: str
 
 
 def _with_progress(results: Iterator[Result], total: int, output: TextIO) -> Iterator[Result]:
-    """A bar on stderr if that is a terminal, unless the rows themselves appear there."""
-    disable = True if output.isatty() else None
+    """A bar on stderr if that is a terminal, unless the rows themselves appear there; of one process's share."""
+    disable = True if output.isatty() or not distributed.is_first() else None
     return iter(tqdm(results, total=total, unit="image", file=sys.stderr, disable=disable))

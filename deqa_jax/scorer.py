@@ -1,6 +1,7 @@
 """Images in, scores out: jitted batches, with decoding beside them."""
 
 import collections
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,12 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
+from jax.stages import Wrapped
 from jaxtyping import Array, Float, UInt8
 
 from deqa_jax.checkpoint import Checkpoint
 from deqa_jax.config import ConfigError, DeqaConfig, Execution, MeshConfig
 from deqa_jax.model.deqa import Deqa
-from deqa_jax.parameters import Leaves, abstract_model, parameter_shapes, unflatten
+from deqa_jax.parameters import abstract_model, parameter_shapes, unflatten
 from deqa_jax.preprocess import ImageError, ImageLike, PreprocessConfig, load_square, normalize
 from deqa_jax.prompt import LEVEL_WEIGHTS, PROMPTS, SplitPrompt, split_prompt
 from deqa_jax.sharding import (
@@ -143,10 +145,10 @@ class Scorer:
         model = scoring_model(checkpoint.config, dtype, self._mesh)
         if platform == "cpu" and self._mesh.size == 1:
             model = model.unrolled()
-            self._params = unflatten(_unstack(checkpoint.restore(dtype), devices[0]))
+            self._params = unflatten(_restore_unstacked(checkpoint, dtype, devices[0]))
         else:
             self._params = unflatten(checkpoint.restore(dtype, shardings=shardings))
-        prefill, self._run = programs(nnx.graphdef(model), ids, level_ids, self._preprocess, dtype)
+        prefill, self._run = programs(nnx.graphdef(model), ids, level_ids, self._preprocess, dtype, platform)
         self._cache = prefill(self._params)
 
     @classmethod
@@ -324,7 +326,8 @@ def programs(
     level_ids: tuple[int, ...],
     preprocess: PreprocessConfig,
     dtype: str,
-) -> tuple[Callable[..., Any], Callable[..., Prediction]]:
+    platform: str,
+) -> tuple[Wrapped, Wrapped]:
     """The two compiled functions: `prefill(params)` and `run(params, cache, pixels, open_set=…)`."""
     # Accelerators would multiply float32 matrices in fewer bits without being told.
     precision = "highest" if dtype == "float32" else None
@@ -346,7 +349,15 @@ def programs(
                 prediction = prediction._replace(open_probs=jnp.exp(prediction.logits - total))
         return prediction._replace(hidden=hidden.astype(jnp.float32))
 
-    return jax.jit(prefill), jax.jit(run, static_argnames="open_set")
+    options = None
+    if platform == "cpu" and dtype == "bfloat16":
+        # There, products in bfloat16 are of weights cast to float32. In its usual order the compiler casts those of all
+        # blocks before it needs them: 29 GiB at full size, against less than one in this order.
+        options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+    return (
+        jax.jit(prefill, compiler_options=options),
+        jax.jit(run, static_argnames="open_set", compiler_options=options),
+    )
 
 
 def readout(logits: Float[Array, "B 5"]) -> Prediction:
@@ -362,19 +373,23 @@ def readout(logits: Float[Array, "B 5"]) -> Prediction:
     return Prediction(score, std, probs, logits.astype(jnp.float32))
 
 
-def _unstack(leaves: Leaves, device: jax.Device) -> dict[tuple[str | int, ...], jax.Array]:
-    """Moves parameters to the device with every layer of a stack as an array of its own (see `layers.unstack`).
+def _restore_unstacked(
+    checkpoint: Checkpoint, dtype: str, device: jax.Device
+) -> dict[tuple[str | int, ...], jax.Array]:
+    """Parameters with every layer of a stack as an array of its own (see `layers.unstack`).
 
-    Empties `leaves` on the way, so that only one stack is ever there twice.
+    They are read one by one, the largest first, so that what is there twice is small against the room that is left.
     """
     moved: dict[tuple[str | int, ...], jax.Array] = {}
-    while leaves:
-        path, leaf = leaves.popitem()
+    for path in sorted(checkpoint.stored, key=lambda path: -math.prod(checkpoint.stored[path].shape)):
+        leaf = checkpoint.restore(dtype, only=[path])[path]
         if "layers" in path:
             tower, _, *rest = path
             moved |= {(tower, "layers", i, *rest): jax.device_put(layer, device) for i, layer in enumerate(leaf)}
         else:
             moved[path] = jax.device_put(leaf, device)
+        # Before the next one is read: the name alone would keep it.
+        del leaf
     return moved
 
 

@@ -200,7 +200,8 @@ def feed(mesh: Mesh) -> tuple[int, int]:
     """
     shards = batch_shards(mesh)
     rows: dict[int, set[int]] = {}
-    for device, (index, *_) in NamedSharding(mesh, BATCH).devices_indices_map((shards,)).items():
+    places: Mapping[Any, Any] = NamedSharding(mesh, BATCH).devices_indices_map((shards,))
+    for device, (index, *_) in places.items():
         rows.setdefault(device.process_index, set()).update(range(shards)[index])
     parts = sorted({tuple(sorted(part)) for part in rows.values()})
     if sum(parts, ()) != tuple(range(shards)) or len({len(part) for part in parts}) > 1:

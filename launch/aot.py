@@ -55,7 +55,6 @@ _GIB = 2**30
 _TRAINING_TEXT = (35, 32)
 _SCORING_TEXT = (15, 12)
 # Values change nothing, only how many there are.
-_PREPROCESS = {"resample": 3, "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
 _LEVEL_IDS = (1, 2, 3, 4, 5)
 
 _logger = logging.getLogger(__name__)
@@ -231,9 +230,8 @@ def training_job(config: TrainConfig, topology: Topology) -> Job:
     model, whence = _model(config.model)
     mesh = make_mesh(config.mesh, topology.devices)
     before, after = _TRAINING_TEXT
-    preprocess = PreprocessConfig(size=model.vision.image_size, **_PREPROCESS)
     # The number of steps is a constant in the schedule.
-    program = Program(config, model, preprocess, tuple(range(before)), _LEVEL_IDS, steps=1000, mesh=mesh)
+    program = Program(config, model, _preprocess(model), tuple(range(before)), _LEVEL_IDS, steps=1000, mesh=mesh)
     state, frozen = program.state(), program.frozen()
 
     def trace(batch_size: int) -> Any:
@@ -270,7 +268,7 @@ def scoring_job(model_name: str, dtype: str, mesh_config: MeshConfig, batch_size
     graphdef = nnx.graphdef(scoring_model(model, dtype, mesh))
     size = model.vision.image_size
     ids = SplitPrompt(tuple(range(before)), tuple(range(after)))
-    prefill, run = programs(graphdef, ids, _LEVEL_IDS, PreprocessConfig(size=size, **_PREPROCESS), dtype)
+    prefill, run = programs(graphdef, ids, _LEVEL_IDS, _preprocess(model), dtype, "tpu")
     cache = jax.eval_shape(prefill, unflatten(params))
 
     def trace(batch_size: int) -> Any:
@@ -281,6 +279,10 @@ def scoring_job(model_name: str, dtype: str, mesh_config: MeshConfig, batch_size
 
     state = {"parameters": bytes_per_device(params)}
     return Job(f"scoring, {whence}, {dtype}", mesh, "image", 1, batch_size, state, trace)
+
+
+def _preprocess(model: DeqaConfig) -> PreprocessConfig:
+    return PreprocessConfig(size=model.vision.image_size, resample=3, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 
 
 def _model(name: str) -> tuple[DeqaConfig, str]:
@@ -413,7 +415,7 @@ def report(plan: Plan, topology: Topology, largest: Plan | None) -> str:
         ("gradients, activations and temporaries", _gib(plan.temporary)),
         ("peak", f"{_gib(plan.peak)} of {_gib(limit)}"),
         ("FLOPs an image", f"{plan.flops / images / 1e12:.2f} T"),
-        *((kind, f"{traffic.count} × a step, {_gib(traffic.bytes)}") for kind, traffic in plan.collectives.items()),
+        *((kind, f"{traffic.times} × a step, {_gib(traffic.bytes)}") for kind, traffic in plan.collectives.items()),
         *((f"{name}, at the least", f"{1e3 * seconds:.0f} ms") for name, seconds in plan.seconds.items()),
         ("images/s of all chips, at the most", f"{plan.images_per_second:.0f}"),
     ]

@@ -63,7 +63,7 @@ _LESS = re.compile(r"ROOT .* compare\(.*?%?([\w.-]+)\), direction=LT")
 class Traffic(NamedTuple):
     """Collectives of one kind in one run of a program: how many, and the bytes of what they make on each device."""
 
-    count: int
+    times: int
     bytes: int
 
 

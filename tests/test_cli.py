@@ -16,10 +16,11 @@ import pytest
 
 from deqa_jax import random_model
 from deqa_jax.checkpoint import Checkpoint, CheckpointError
+from deqa_jax.config import MeshConfig
 from deqa_jax.prompt import LEVELS
 from deqa_jax.scorer import Scorer
 
-COMMANDS = ("score", "infer", "evaluate", "labels", "train", "prepare", "convert", "export", "info", "init")
+COMMANDS = ("score", "infer", "evaluate", "labels", "train", "plan", "prepare", "convert", "export", "info", "init")
 UNREADABLE = {"empty.png", "not_an_image.jpg", "truncated.jpg"}
 
 
@@ -203,10 +204,15 @@ def test_a_folder_is_scored_as_a_table(deqa, converted, images, expected):
 @pytest.mark.parametrize(
     ("options", "passed"),
     [
-        ([], {"dtype": "auto", "batch_size": None, "prompt": "scorer"}),
+        ([], {"dtype": "auto", "batch_size": None, "prompt": "scorer", "mesh": None}),
         (
-            ["--dtype", "bfloat16", "--batch-size", "4", "--prompt", "eval"],
-            {"dtype": "bfloat16", "batch_size": 4, "prompt": "eval"},
+            ["--dtype", "bfloat16", "--batch-size", "4", "--prompt", "eval", "--mesh", "data=2,tensor=4"],
+            {
+                "dtype": "bfloat16",
+                "batch_size": 4,
+                "prompt": "eval",
+                "mesh": MeshConfig(data=2, fsdp=1, tensor=4),
+            },
         ),
     ],
     ids=["defaults", "all"],

@@ -174,10 +174,12 @@ def fold(
             carry if execution.activations is None else jax.lax.with_sharding_constraint(carry, execution.activations)
         )
 
+    carry = placed(carry)
     if isinstance(blocks, nnx.List):
         outs = []
         for i, block in enumerate(list(blocks)[:num_layers]):
-            carry, out = step(block, placed(carry), _at(per_layer, i))
+            carry, out = step(block, carry, _at(per_layer, i))
+            carry = placed(carry)
             outs.append(out)
         return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
 
@@ -185,7 +187,8 @@ def fold(
 
     def run(carry: Any, inputs: tuple[Any, Any]) -> tuple[Any, Any]:
         layer, extra = inputs
-        return step(nnx.merge(graphdef, layer), placed(carry), extra)
+        carry, out = step(nnx.merge(graphdef, layer), placed(carry), extra)
+        return placed(carry), out
 
     if execution.remat != "none":
         policy = None if execution.remat == "full" else jax.checkpoint_policies.dots_with_no_batch_dims_saveable

@@ -65,7 +65,9 @@ class Evaluator:
     ):
         self._preprocess = checkpoint.preprocess()
         ids, level_ids = check_fit(checkpoint, self._preprocess, "eval")
-        self._prefill, self._run = programs(graphdef, ids, level_ids, self._preprocess, dtype)
+        self._prefill, self._run = programs(
+            graphdef, ids, level_ids, self._preprocess, dtype, mesh.devices.flat[0].platform
+        )
         self._sets, self._batch_size = sets, batch_size
         self._sharding, self._feed = NamedSharding(mesh, BATCH), feed(mesh)
 

@@ -95,7 +95,8 @@ class Program:
     def state(self) -> TrainState:
         """The state of the run, as shapes."""
         params = {path: self._leaf(path, "float32") for path in self.trained}
-        state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(self.optimizer.init, params))
+        step: Any = jax.ShapeDtypeStruct((), jnp.int32)
+        state = TrainState(step, params, jax.eval_shape(self.optimizer.init, params))
         return abstract(state, following(state, self.shardings, self._mesh))
 
     def frozen(self) -> Leaves:
@@ -106,7 +107,7 @@ class Program:
         """A batch of `length` tokens behind its images, as shapes."""
         pixels = self.task.config.vision.image_size
 
-        def leaf(*shape: int, dtype: Any = np.float32) -> jax.ShapeDtypeStruct:
+        def leaf(*shape: int, dtype: Any = np.float32) -> Any:
             return jax.ShapeDtypeStruct((size, *shape), dtype, sharding=self.batch_sharding)
 
         return Batch(
