@@ -152,7 +152,10 @@ def _score(options: argparse.Namespace) -> int:
     if isinstance(scorer, str):
         return _fail(scorer, _FAILED)
     if several():
-        failed = score_together(scorer, paths, options.output, format=options.format)
+        try:
+            failed = score_together(scorer, paths, options.output, format=options.format)
+        except UsageError as error:
+            return _fail(str(error), USAGE_STATUS)
     elif options.output is None:
         failed = score_files(scorer, paths, sys.stdout, format=options.format)
     else:
@@ -303,8 +306,11 @@ def _train(options: argparse.Namespace) -> int:
         best = train(read_config(options.config_path, options.overrides))
     except (CheckpointError, ConfigError, ConversionError, ImageError, MetaError, PromptError, TrainingError) as error:
         return _fail(str(error), _FAILED)
-    print(f"best checkpoint: {best}", file=sys.stderr)
-    print(best)
+    from deqa_jax.distributed import is_first
+
+    if is_first():
+        print(f"best checkpoint: {best}", file=sys.stderr)
+        print(best)
     return 0
 
 

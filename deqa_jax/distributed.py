@@ -1,6 +1,7 @@
 """Several processes as one program: joining them, and waiting for each other."""
 
 import contextlib
+import hashlib
 import itertools
 import os
 import sys
@@ -96,7 +97,11 @@ def is_first() -> bool:
 
 
 def wait_for_all() -> None:
-    """Until every process is here; one that has died ends this one."""
+    """Until every process is here; one that has died ends this one.
+
+    Before something that is run together, wherever processes may have taken differently long: on CPU, those that meet
+    for the first time in a program give up after half a minute.
+    """
     if jax.process_count() > 1:
         _wait(f"deqa {next(_barriers)}", _PATIENCE_SECONDS)
 
@@ -108,12 +113,24 @@ def _wait(name: str, seconds: int) -> None:
 
 
 def total(number: int) -> int:
-    """The sum over all processes; all of them call it."""
+    """The sum over all processes; all of them call it, however far apart in time."""
     if jax.process_count() == 1:
         return number
     from jax.experimental import multihost_utils
 
+    wait_for_all()
     return int(multihost_utils.process_allgather(np.asarray(number)).sum())
+
+
+def agree(text: bytes) -> bool:
+    """Whether all processes say the same; all of them call it."""
+    if jax.process_count() == 1:
+        return True
+    from jax.experimental import multihost_utils
+
+    wait_for_all()
+    digests = multihost_utils.process_allgather(np.frombuffer(hashlib.sha256(text).digest(), np.uint8))
+    return bool((digests == digests[:1]).all())
 
 
 @contextlib.contextmanager
@@ -136,6 +153,7 @@ def check_shared(folder: Path) -> None:
         return
     from jax.experimental import multihost_utils
 
+    wait_for_all()
     token = multihost_utils.broadcast_one_to_all(np.frombuffer(uuid.uuid4().bytes, np.uint8))
     sign = folder / f".shared-{bytes(token).hex()}"
     if is_first():

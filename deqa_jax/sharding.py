@@ -111,8 +111,9 @@ def partition_specs(shapes: Mapping[ParamPath, tuple[int, ...]]) -> dict[ParamPa
     Raises:
       ConfigError: the table does not cover a parameter.
 
-    >>> partition_specs({("language", "layers", "down", "kernel"): (32, 11008, 4096)})
-    {('language', 'layers', 'down', 'kernel'): PartitionSpec(None, 'tensor', 'fsdp')}
+    >>> path = ("language", "layers", "down", "kernel")
+    >>> tuple(partition_specs({path: (32, 11008, 4096)})[path])
+    (None, 'tensor', 'fsdp')
     """
     specs, uncovered = {}, []
     for path, shape in shapes.items():

@@ -147,7 +147,7 @@ class Chip(NamedTuple):
       network_bandwidth: bytes a second into a chip, all of its links together.
       memory: bytes.
       axes: of its topologies.
-      devices: that JAX sees of one.
+      most: chips that can be connected.
     """
 
     flops: float
@@ -155,15 +155,15 @@ class Chip(NamedTuple):
     network_bandwidth: float
     memory: int
     axes: int
-    devices: int = 1
+    most: int
 
 
 # https://cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e
 CHIPS = {
-    "v4": Chip(275e12, 1228e9, 300e9, 32 * _GIB, 3, devices=2),
-    "v5e": Chip(197e12, 819e9, 200e9, 16 * _GIB, 2),
-    "v5p": Chip(459e12, 2765e9, 600e9, 95 * _GIB, 3),
-    "v6e": Chip(918e12, 1640e9, 448e9, 32 * _GIB, 2),
+    "v4": Chip(275e12, 1228e9, 300e9, 32 * _GIB, 3, 4096),
+    "v5e": Chip(197e12, 819e9, 200e9, 16 * _GIB, 2, 256),
+    "v5p": Chip(459e12, 2765e9, 600e9, 95 * _GIB, 3, 6144),
+    "v6e": Chip(918e12, 1640e9, 448e9, 32 * _GIB, 2, 256),
 }
 
 
@@ -173,11 +173,7 @@ class Topology(NamedTuple):
     name: str
     chip: Chip
     devices: Sequence[Any]
-
-    @property
-    def chips(self) -> int:
-        """How many there are."""
-        return len(self.devices) // self.chip.devices
+    """One for each chip."""
 
 
 def open_topology(name: str) -> Topology:
@@ -186,15 +182,17 @@ def open_topology(name: str) -> Topology:
     Raises:
       PlanError: there are none of that name.
     """
-    examples = "v5e:1x1 to v5e:16x16, v6e:1x1 to v6e:16x16, v4:2x2x1 and up, v5p:1x1x1 and up"
+    examples = "v5e:1x1 to v5e:16x16, v6e:1x1 to v6e:16x16, v4:2x2x1 to v4:16x16x16, v5p:2x2x1 to v5p:16x16x24"
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+)+)", name)
     chip = CHIPS.get(match[1]) if match else None
     sizes = [int(size) for size in match[2].split("x")] if match else []
-    if chip is None or len(sizes) != chip.axes or not all(sizes):
+    if chip is None or len(sizes) != chip.axes or not 1 <= math.prod(sizes) <= chip.most:
         raise PlanError(f"no topology is called {name!r}; there are {examples}")
     bounds = [min(size, 2) for size in sizes[:2]] + [1]
+    # The two cores of a v4 are one device.
+    cores = {"chip_config_name": "megacore"} if chip.axes == 3 else {}
     try:
-        found = topologies.get_topology_desc(name, "tpu", chips_per_host_bounds=bounds)
+        found = topologies.get_topology_desc(name, "tpu", chips_per_host_bounds=bounds, **cores)
     except jax.errors.JaxRuntimeError as error:
         raise PlanError(f"topology {name}: {_first_line(error)}; there are {examples}") from error
     return Topology(name, chip, found.devices)
@@ -353,9 +351,9 @@ def compile_job(job: Job, topology: Topology, batch_size: int) -> Plan:
     moved = memory.argument_size_in_bytes + memory.output_size_in_bytes + 2 * memory.temp_size_in_bytes + 2 * received
     chip = topology.chip
     seconds = {
-        "compute": flops * chip.devices / chip.flops,
-        "memory": moved * chip.devices / chip.memory_bandwidth,
-        "network": received * chip.devices / chip.network_bandwidth,
+        "compute": flops / chip.flops,
+        "memory": moved / chip.memory_bandwidth,
+        "network": received / chip.network_bandwidth,
     }
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     peak = memory.peak_memory_in_bytes or held + memory.temp_size_in_bytes
@@ -405,23 +403,21 @@ def search_meshes(make_job: Callable[[MeshConfig], Job], topology: Topology) -> 
 def report(plan: Plan, topology: Topology, largest: Plan | None) -> str:
     """A plan as a table, with what it assumes."""
     job, chip = plan.job, topology.chip
-    limit = chip.memory / chip.devices
     images = plan.batch_size * job.images
-    device = "chip" if chip.devices == 1 else f"device ({chip.devices} a chip)"
     rows = [
         ("mesh", _shape(job.mesh)),
-        (f"{job.unit}s a {device}", f"{plan.batch_size}"),
-        *((f"{name} a {device}", _gib(size)) for name, size in job.state.items()),
+        (f"{job.unit}s a chip", f"{plan.batch_size}"),
+        *((f"{name} a chip", _gib(size)) for name, size in job.state.items()),
         ("gradients, activations and temporaries", _gib(plan.temporary)),
-        ("peak", f"{_gib(plan.peak)} of {_gib(limit)}"),
+        ("peak", f"{_gib(plan.peak)} of {_gib(chip.memory)}"),
         ("FLOPs an image", f"{plan.flops / images / 1e12:.2f} T"),
         *((kind, f"{traffic.times} × a step, {_gib(traffic.bytes)}") for kind, traffic in plan.collectives.items()),
         *((f"{name}, at the least", f"{1e3 * seconds:.0f} ms") for name, seconds in plan.seconds.items()),
         ("images/s of all chips, at the most", f"{plan.images_per_second:.0f}"),
     ]
     if largest is not None:
-        rows.append((f"largest batch that fits, {job.unit}s a {device}", str(largest.batch_size)))
-    title = f"{job.name}\non {topology.name}, {topology.chips} chip{'s' * (topology.chips > 1)}\n"
+        rows.append((f"largest batch that fits, {job.unit}s a chip", str(largest.batch_size)))
+    title = f"{job.name}\non {topology.name}, {len(topology.devices)} chip{'s' * (len(topology.devices) > 1)}\n"
     return title + tabulate(rows, tablefmt="plain", disable_numparse=True) + "\n\n" + _assumptions(topology)
 
 

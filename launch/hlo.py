@@ -57,6 +57,8 @@ _CALLED = re.compile(
 )
 _ARRAY = re.compile(r"\b([a-z]+[0-9]*\w*)\[([0-9,]*)\]")
 _CONSTANT = re.compile(r"%?([\w.-]+) = [su]32\[\]\S* constant\((\d+)\)")
+# One that runs beside several products stands in the computation of each.
+_SPREAD = re.compile(r"channel_id=(\d+).*chain_id=")
 _LESS = re.compile(r"ROOT .* compare\(.*?%?([\w.-]+)\), direction=LT")
 
 
@@ -84,13 +86,19 @@ def count_collectives(text: str) -> dict[str, Traffic]:
         else:
             lines.append(line)
     found: dict[str, list[int]] = {}
-    _add_collectives(entry, 1, computations, found)
+    _add_collectives(entry, 1, computations, found, set())
     return {kind: Traffic(*found[kind]) for kind in _KINDS if kind in found}
 
 
-def _add_collectives(name: str, times: int, computations: dict[str, list[str]], found: dict[str, list[int]]) -> None:
+def _add_collectives(
+    name: str, times: int, computations: dict[str, list[str]], found: dict[str, list[int]], seen: set[str]
+) -> None:
     for line in computations.get(name, ()):
         if match := _COLLECTIVE.search(line):
+            if spread := _SPREAD.search(line):
+                if spread[1] in seen:
+                    continue
+                seen.add(spread[1])
             sizes = [_bytes(*array) for array in _ARRAY.findall(match[1])]
             # What starts names its operands too; a synchronous one may make several arrays at once.
             size = max(sizes) if match[3] else sum(sizes)
@@ -99,7 +107,7 @@ def _add_collectives(name: str, times: int, computations: dict[str, list[str]], 
             count_and_bytes[1] += times * size
         if match := _WHILE.search(line):
             inside: dict[str, list[int]] = {}
-            _add_collectives(match[2], 1, computations, inside)
+            _add_collectives(match[2], 1, computations, inside, set())
             if inside:
                 trips = times * _trips(match[1], computations)
                 for kind, (count, size) in inside.items():
@@ -109,7 +117,7 @@ def _add_collectives(name: str, times: int, computations: dict[str, list[str]], 
         elif not _COLLECTIVE.search(line):
             for called, branches in _CALLED.findall(line):
                 for inner in [called] if called else re.findall(r"[\w.-]+", branches):
-                    _add_collectives(inner, times, computations, found)
+                    _add_collectives(inner, times, computations, found, seen)
 
 
 def _trips(condition: str, computations: dict[str, list[str]]) -> int:

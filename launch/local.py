@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description="Run a command as several processes of one job on this machine. When one fails, the others are "
         "ended, and its status is this command's.",
         epilog="example: python -m deqa_jax.launch.local -n 2 --devices 4 -- "
-        "deqa train --config_path tiny_cpu --output /tmp/run",
+        "deqa train --config_path configs/tiny_cpu.yaml --output /tmp/run",
     )
     parser.add_argument("-n", "--processes", type=_positive, required=True, metavar="N", help="how many")
     parser.add_argument(
@@ -102,6 +102,7 @@ def run(command: Sequence[str], environments: Sequence[dict[str, str]]) -> int:
     finally:
         for process in processes:
             process.kill()
+            process.wait()
         for reader in readers:
             reader.join()
         for number, handler in handlers.items():
@@ -119,16 +120,15 @@ def _copy(name: bytes, source: IO[bytes], target: IO[bytes], lock: threading.Loc
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int:
     """Until all have ended, or one has failed and the others have had time to."""
-    failed, deadline = None, float("inf")
-    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
-        if failed is None and (failed := _failed(processes)) is not None:
-            print(f"process {failed} {_how(processes[failed].returncode)}; ending the others", file=sys.stderr)
-            deadline = time.monotonic() + _PATIENCE_SECONDS
+    while (failed := _failed(processes)) is None and any(process.poll() is None for process in processes):
         time.sleep(0.05)
-    failed = _failed(processes) if failed is None else failed
-    if failed is None:
+    if failed is None and (failed := _failed(processes)) is None:
         return 0
     status = processes[failed].returncode
+    print(f"process {failed} {_how(status)}; ending the others", file=sys.stderr, flush=True)
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.05)
     return status if status > 0 else 128 - status
 
 

@@ -31,6 +31,8 @@ ROWS = [
     ["deqa_jax.convert.hf"],
     ["deqa_jax.convert.peft", "deqa_jax.convert.to_published"],
     ["deqa_jax.convert.to_jax", "deqa_jax.convert.describe", "deqa_jax.convert.to_peft"],
+    ["deqa_jax.launch", "deqa_jax.launch.hlo", "deqa_jax.launch.local"],
+    ["deqa_jax.launch.aot"],
     ["deqa_jax.cli"],
 ]
 RANK = {module: rank for rank, row in enumerate(ROWS) for module in row}
@@ -47,7 +49,8 @@ def modules() -> dict[str, Path]:
         f"deqa_jax.{'.'.join(path.relative_to(ROOT / 'deqa_jax').with_suffix('').parts)}": path
         for path in (ROOT / "deqa_jax").rglob("*.py")
     }
-    files |= {f"deqa_jax.convert.{path.stem}": path for path in (ROOT / "convert").glob("*.py")}
+    for folder in ("convert", "launch"):
+        files |= {f"deqa_jax.{folder}.{path.stem}": path for path in (ROOT / folder).glob("*.py")}
     return {name.removesuffix(".__init__"): path for name, path in files.items()}
 
 

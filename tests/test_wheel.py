@@ -16,7 +16,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     source.mkdir()
-    for name in ("deqa_jax", "configs", "convert", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("deqa_jax", "configs", "convert", "launch", "pyproject.toml", "README.md", "LICENSE"):
         (source / name).symlink_to(ROOT / name)
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "--wheel-dir", str(folder), str(source)]
     subprocess.run(command, check=True)
@@ -33,9 +33,17 @@ def test_no_generic_name_lands_at_the_top(installed: Path) -> None:
 
 def test_every_module_is_installed(installed: Path) -> None:
     expected = {path.relative_to(ROOT / "deqa_jax") for path in (ROOT / "deqa_jax").rglob("*.py")}
-    expected |= {Path("convert") / path.name for path in (ROOT / "convert").glob("*.py")}
+    for folder in ("convert", "launch"):
+        expected |= {Path(folder) / path.name for path in (ROOT / folder).glob("*.py")}
     assert {path.relative_to(installed / "deqa_jax") for path in (installed / "deqa_jax").rglob("*.py")} == expected
     assert (installed / "deqa_jax" / "py.typed").is_file()
+
+
+@pytest.mark.parametrize("name", ["configs", "launch"])
+def test_other_files_are_installed(installed: Path, name: str) -> None:
+    wanted = {path.name for path in (ROOT / name).iterdir() if path.suffix in (".sh", ".yaml")}
+    assert wanted
+    assert wanted <= {path.name for path in (installed / "deqa_jax" / name).iterdir()}
 
 
 def test_the_installed_command_runs(installed: Path, tmp_path: Path) -> None:

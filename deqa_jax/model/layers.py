@@ -7,6 +7,7 @@ Axis letters, here and in the rest of the model:
   B batch   T query tokens   S key tokens   D width   H heads   K key/value heads   E head_dim   L layers
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -79,21 +80,43 @@ def attention(
     key: Float[Array, "B S K E"],
     value: Float[Array, "B S K E"],
     mask: Bool[Array, "T S"] | None = None,
+    *,
+    chunks: int = 1,
 ) -> Float[Array, "B T H E"]:
     """Softmax attention scaled by 1/√head_dim, logits and softmax in float32; `mask` is True where a query may look.
 
     Without a mask (the vision tower's 1025 tokens), heads are taken one after the other on CPU: a head's logits
-    then stay in the cache, which is five times as fast as all heads at once.
+    then stay in the cache, which is five times as fast as all heads at once. Elsewhere queries are taken in `chunks`
+    parts, whose logits are computed again in the backward pass, so that only one part's are ever there.
     """
-
-    def at_once(query: Array, key: Array, value: Array) -> Array:
-        # Inside, it promotes bfloat16 to float32 implicitly.
-        with jax.numpy_dtype_promotion("standard"):
-            return jax.nn.dot_product_attention(query, key, value, mask=None if mask is None else mask[None, None])
-
     if mask is not None:
-        return at_once(query, key, value)
-    return jax.lax.platform_dependent(query, key, value, cpu=_attention_by_head, default=at_once)
+        return _attention_at_once(query, key, value, mask)
+    elsewhere = functools.partial(_attention_in_chunks, chunks=chunks) if chunks > 1 else _attention_at_once
+    return jax.lax.platform_dependent(query, key, value, cpu=_attention_by_head, default=elsewhere)
+
+
+def _attention_at_once(
+    query: Float[Array, "B T H E"],
+    key: Float[Array, "B S K E"],
+    value: Float[Array, "B S K E"],
+    mask: Bool[Array, "T S"] | None = None,
+) -> Float[Array, "B T H E"]:
+    # Inside, it promotes bfloat16 to float32 implicitly.
+    with jax.numpy_dtype_promotion("standard"):
+        return jax.nn.dot_product_attention(query, key, value, mask=None if mask is None else mask[None, None])
+
+
+def _attention_in_chunks(
+    query: Float[Array, "B T H E"], key: Float[Array, "B S H E"], value: Float[Array, "B S H E"], *, chunks: int
+) -> Float[Array, "B T H E"]:
+    batch, length, heads, head_dim = query.shape
+    size = -(-length // chunks)
+    # What is added to fill the last part is cut off again.
+    query = jnp.pad(query, ((0, 0), (0, chunks * size - length), (0, 0), (0, 0)))
+    parts = jnp.moveaxis(query.reshape(batch, chunks, size, heads, head_dim), 1, 0)
+    one_part = jax.checkpoint(lambda part: _attention_at_once(part, key, value), prevent_cse=False)
+    out = jnp.moveaxis(jax.lax.map(one_part, parts), 0, 1)
+    return out.reshape(batch, -1, heads, head_dim)[:, :length]
 
 
 def _attention_by_head(

@@ -12,6 +12,8 @@ from deqa_jax.config import Execution, VisionConfig
 from deqa_jax.model.layers import EMBEDDING_STD, LayerNorm, attention, fold, linear, stack
 
 _COLOURS = 3
+# Parts of the queries, in training with little memory.
+_ATTENTION_CHUNKS = 4
 
 
 class VisionBlock(nnx.Module):
@@ -20,6 +22,8 @@ class VisionBlock(nnx.Module):
     def __init__(self, config: VisionConfig, *, execution: Execution, rngs: nnx.Rngs):
         width = config.hidden_size
         self.num_heads = config.num_heads
+        # At the published size and batch, logits of all queries at once would take 2 GiB, several times over.
+        self.attention_chunks = 1 if execution.remat == "none" else _ATTENTION_CHUNKS
         self.input_norm = LayerNorm(width, epsilon=config.layer_norm_eps, execution=execution)
         # Outputs lie [head][q|k|v][head_dim], as published: the heads are the outer axis, so they shard as one.
         self.query_key_value = linear(width, 3 * width, bias=True, execution=execution, rngs=rngs)
@@ -31,7 +35,7 @@ class VisionBlock(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         batch, length, width = x.shape
         fused = self.query_key_value(self.input_norm(x)).reshape(batch, length, self.num_heads, 3, -1)
-        context = attention(fused[..., 0, :], fused[..., 1, :], fused[..., 2, :])
+        context = attention(fused[..., 0, :], fused[..., 1, :], fused[..., 2, :], chunks=self.attention_chunks)
         x = x + self.out(context.reshape(batch, length, width)).astype(jnp.float32)
         return x + self.down(quick_gelu(self.up(self.post_attention_norm(x)))).astype(jnp.float32)
 

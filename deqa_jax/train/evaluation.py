@@ -1,8 +1,9 @@
 """Scores of held-out images while a model trains, with the prompt and program of `deqa infer`."""
 
 import dataclasses
+import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,14 +12,16 @@ import numpy as np
 import scipy.special
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
+from jax.stages import Compiled
 
 from deqa_jax import metrics
 from deqa_jax.checkpoint import Checkpoint
 from deqa_jax.data.metas import Item, MetaError, read_metas
 from deqa_jax.data.soft_labels import moments, soft_labels
+from deqa_jax.distributed import wait_for_all
 from deqa_jax.parameters import Leaves, unflatten
 from deqa_jax.preprocess import load_square
-from deqa_jax.scorer import check_fit, programs
+from deqa_jax.scorer import Prediction, check_fit, programs
 from deqa_jax.sharding import BATCH, feed, gather
 
 
@@ -70,6 +73,7 @@ class Evaluator:
         )
         self._sets, self._batch_size = sets, batch_size
         self._sharding, self._feed = NamedSharding(mesh, BATCH), feed(mesh)
+        self._compiled: tuple[Compiled, Compiled] | None = None
 
     def __call__(self, params: Leaves) -> dict[str, float]:
         """SRCC and PLCC without a fit, JS, and the loss, each the mean over the sets.
@@ -77,17 +81,29 @@ class Evaluator:
         The loss is the KL of soft labels, made of the opinions, from the five levels' probabilities.
         """
         tree = unflatten(params)
-        cache = self._prefill(tree)
-        results = [self._evaluate(one, tree, cache) for one in self._sets]
+        prefill, run = self._compiled = self._compiled or self._compile(tree)
+        cache = prefill(tree)
+        results = [self._evaluate(one, functools.partial(run, tree, cache)) for one in self._sets]
         return {name: float(np.mean([result[name] for result in results])) for name in results[0]}
 
-    def _evaluate(self, one: HeldOut, tree: object, cache: object) -> dict[str, float]:
+    def _compile(self, tree: object) -> tuple[Compiled, Compiled]:
+        """Both programs; none runs before all processes have it."""
+        prefill = self._prefill.lower(tree).compile()
+        wait_for_all()
+        pixels = jax.ShapeDtypeStruct(
+            (self._batch_size, self._preprocess.size, self._preprocess.size, 3), np.uint8, sharding=self._sharding
+        )
+        run = self._run.lower(tree, prefill(tree), pixels, open_set=False).compile()
+        wait_for_all()
+        return prefill, run
+
+    def _evaluate(self, one: HeldOut, run: Callable[[jax.Array], Prediction]) -> dict[str, float]:
         logits = []
         for pixels in self._batches(one):
             batch = jax.make_array_from_process_local_data(
                 self._sharding, pixels, (self._batch_size, *pixels.shape[1:])
             )
-            logits.append(gather(self._run(tree, cache, batch, open_set=False).logits))
+            logits.append(gather(run(batch).logits))
         probs = scipy.special.softmax(np.concatenate(logits)[: len(one.items)].astype(np.float64), axis=1)
         mean, std = moments(probs)
         truth, truth_mean, truth_std = (

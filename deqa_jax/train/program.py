@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deqa_jax import lora
 from deqa_jax.config import ConfigError, DeqaConfig, Execution
+from deqa_jax.distributed import wait_for_all
 from deqa_jax.parameters import Leaves, ParamPath, parameter_shapes
 from deqa_jax.preprocess import PreprocessConfig
 from deqa_jax.sharding import BATCH, abstract, bytes_per_device, compile_for, following, parameter_shardings
@@ -138,8 +139,10 @@ class Program:
         return jax.jit(step, donate_argnums=0, out_shardings=(places, everywhere))
 
     def compile(self, batch: Batch) -> Any:
-        """The step, compiled for batches like this one, on the devices of the mesh."""
-        return compile_for(self._mesh, self.step().trace(self.state(), self.frozen(), batch))
+        """The step, compiled for batches like this one, on the devices of the mesh; by all processes."""
+        compiled = compile_for(self._mesh, self.step().trace(self.state(), self.frozen(), batch))
+        wait_for_all()
+        return compiled
 
     def first_adapters(self) -> Leaves:
         """Adapters before the first step, in their places."""

@@ -175,7 +175,8 @@ def test_vision_tower_equals_pytorch(golden_forward: Forward, golden: tuple[Any,
 
 
 def test_abstractor_equals_pytorch(golden_forward: Forward, golden: tuple[Any, Mapping[str, np.ndarray]]) -> None:
-    np.testing.assert_allclose(golden_forward.visual_tokens, golden[1]["abstractor_out"], atol=2e-5)
+    # Against float64 either is off by up to 1.8e-5, on a processor without AVX-512.
+    np.testing.assert_allclose(golden_forward.visual_tokens, golden[1]["abstractor_out"], atol=4e-5)
 
 
 @pytest.mark.parametrize("layer", range(TEST.language.num_layers + 1))

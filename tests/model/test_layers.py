@@ -1,3 +1,6 @@
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deqa_jax.config import Execution
+from deqa_jax.model import layers
 from deqa_jax.model.layers import LayerNorm, RMSNorm, attention, fold, last_block, linear, stack, unstack
 
 HALF = Execution(dtype="bfloat16", param_dtype="bfloat16")
@@ -79,6 +83,30 @@ def test_attention_on_other_platforms_is_the_same_function() -> None:
     """What CPUs do head by head is what accelerators do at once."""
     q, k, v = (random((2, 6, 3, 8), seed) for seed in range(3))
     np.testing.assert_allclose(attention(q, k, v), attention(q, k, v, jnp.ones((6, 6), bool)), atol=1e-6)
+
+
+@pytest.mark.parametrize("chunks", [2, 4, 6, 7])
+def test_attention_in_chunks_is_the_same_function_with_the_same_gradient(chunks: int) -> None:
+    q, k, v, out = (random((2, 6, 3, 8), seed) for seed in range(4))
+
+    def value_and_gradient(attention: Any) -> Any:
+        return jax.value_and_grad(lambda *x: jnp.sum(attention(*x) * out), argnums=(0, 1, 2))(q, k, v)
+
+    ours = value_and_gradient(functools.partial(layers._attention_in_chunks, chunks=chunks))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), ours, value_and_gradient(attention))
+
+
+def test_attention_in_chunks_keeps_the_logits_of_one() -> None:
+    shape = jax.ShapeDtypeStruct((1, 4096, 1, 8), jnp.float32)
+
+    def memory(chunks: int) -> int:
+        def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            return jnp.sum(layers._attention_in_chunks(q, k, v, chunks=chunks))
+
+        compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(shape, shape, shape).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert memory(8) < memory(1) / 4
 
 
 class Doubler(nnx.Module):
