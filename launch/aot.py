@@ -366,7 +366,7 @@ def largest_batch(job: Job, topology: Topology, fits: Plan | None) -> Plan | Non
     Args:
       job: what to compile.
       topology: for which chips.
-      fits: a plan that is known to fit, if there is one.
+      fits: a plan that is known to fit; without it, the job's own batch does not.
     """
     step = max(1, batch_shards(job.mesh) // math.gcd(batch_shards(job.mesh), job.mesh.size))
     low, high = (fits.batch_size, None) if fits else (0, job.batch_size)

@@ -30,7 +30,7 @@ def count_flops(jaxpr: Any) -> int:
             # Of platforms to choose from, all do the same.
             total += max(count_flops(branch.jaxpr) for branch in parameters["branches"])
         elif name == "while":
-            if count_flops(parameters["body_jaxpr"].jaxpr):
+            if any(count_flops(parameters[part].jaxpr) for part in ("cond_jaxpr", "body_jaxpr")):
                 raise NotImplementedError("matrix products in a loop of unknown length")
         else:
             total += sum(count_flops(inner) for inner in _inner(parameters))
@@ -50,20 +50,29 @@ def _inner(parameters: dict[str, Any]) -> Iterator[Any]:
 
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.-]+) \(.*\{$")
-_COLLECTIVE = re.compile(rf"= (.+?) ({'|'.join(_KINDS)})(-start)?\(")
+_COLLECTIVE = re.compile(rf"= (.+?) ({'|'.join(_KINDS)})(-start)?\(([^)]*)\)")
+_DEFINED = re.compile(r"\s*(?:ROOT )?%?([\w.-]+) = (.+?) [a-z][\w-]*\(")
+# TPUs have an all-reduce of which each keeps a part, in a fusion of its own.
+_REDUCE_SCATTER = re.compile(r"calls=%?(all-reduce-scatter[\w.-]*)")
+# Stages of an asynchronous collective behind its start: each is a fusion that has it inside once more.
+_LATER_STAGE = re.compile(r"%?async-collective-done[\w.-]* = |calls=%?async_collective_fusion")
 _WHILE = re.compile(r" while\(.*condition=%?([\w.-]+), body=%?([\w.-]+)")
+_KNOWN_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CALLED = re.compile(
     r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.-]+)|branch_computations=\{([^}]*)\}"
 )
 _ARRAY = re.compile(r"\b([a-z]+[0-9]*\w*)\[([0-9,]*)\]")
 _CONSTANT = re.compile(r"%?([\w.-]+) = [su]32\[\]\S* constant\((\d+)\)")
-# One that runs beside several products stands in the computation of each.
-_SPREAD = re.compile(r"channel_id=(\d+).*chain_id=")
 _LESS = re.compile(r"ROOT .* compare\(.*?%?([\w.-]+)\), direction=LT")
 
 
 class Traffic(NamedTuple):
-    """Collectives of one kind in one run of a program: how many, and the bytes of what they make on each device."""
+    """Collectives of one kind in one run of a program.
+
+    Attributes:
+      times: how many.
+      bytes: on each device, of the arrays that all of them together make up: of what is gathered, reduced or permuted.
+    """
 
     times: int
     bytes: int
@@ -85,39 +94,55 @@ def count_collectives(text: str) -> dict[str, Traffic]:
             entry = match[1] if line.startswith("ENTRY") else entry
         else:
             lines.append(line)
-    found: dict[str, list[int]] = {}
-    _add_collectives(entry, 1, computations, found, set())
-    return {kind: Traffic(*found[kind]) for kind in _KINDS if kind in found}
+    found = _collectives(entry, computations)
+    return {kind: found[kind] for kind in _KINDS if kind in found}
 
 
-def _add_collectives(
-    name: str, times: int, computations: dict[str, list[str]], found: dict[str, list[int]], seen: set[str]
-) -> None:
-    for line in computations.get(name, ()):
+def _collectives(name: str, computations: dict[str, list[str]]) -> dict[str, Traffic]:
+    """Those of one run of a computation."""
+    found: dict[str, Traffic] = {}
+
+    def add(kind: str, times: int, size: int) -> None:
+        before = found.get(kind, Traffic(0, 0))
+        found[kind] = Traffic(before.times + times, before.bytes + size)
+
+    lines = computations.get(name, [])
+    for line in lines:
         if match := _COLLECTIVE.search(line):
-            if spread := _SPREAD.search(line):
-                if spread[1] in seen:
-                    continue
-                seen.add(spread[1])
-            sizes = [_bytes(*array) for array in _ARRAY.findall(match[1])]
-            # What starts names its operands too; a synchronous one may make several arrays at once.
-            size = max(sizes) if match[3] else sum(sizes)
-            count_and_bytes = found.setdefault(match[2], [0, 0])
-            count_and_bytes[0] += times
-            count_and_bytes[1] += times * size
-        if match := _WHILE.search(line):
-            inside: dict[str, list[int]] = {}
-            _add_collectives(match[2], 1, computations, inside, set())
-            if inside:
-                trips = times * _trips(match[1], computations)
-                for kind, (count, size) in inside.items():
-                    count_and_bytes = found.setdefault(kind, [0, 0])
-                    count_and_bytes[0] += trips * count
-                    count_and_bytes[1] += trips * size
-        elif not _COLLECTIVE.search(line):
+            add(match[2], 1, _whole(match, lines))
+        elif match := _REDUCE_SCATTER.search(line):
+            for traffic in _collectives(match[1], computations).values():
+                add("reduce-scatter", *traffic)
+        elif match := _WHILE.search(line):
+            if inside := _collectives(match[2], computations):
+                known = _KNOWN_TRIPS.search(line)
+                trips = int(known[1]) if known else _trips(match[1], computations)
+                for kind, (times, size) in inside.items():
+                    add(kind, trips * times, trips * size)
+        elif not _LATER_STAGE.search(line):
             for called, branches in _CALLED.findall(line):
                 for inner in [called] if called else re.findall(r"[\w.-]+", branches):
-                    _add_collectives(inner, times, computations, found, seen)
+                    for kind, traffic in _collectives(inner, computations).items():
+                        add(kind, *traffic)
+    return found
+
+
+def _whole(match: re.Match[str], lines: list[str]) -> int:
+    """Bytes of the arrays that devices hold the parts of, before or after a collective."""
+    _, kind, starts, arguments = match.groups()
+    sizes = _sizes(match[1])
+    operands = re.findall(r"%?([\w.-]+)(?:,|$)", arguments)
+    if starts and kind != "all-reduce":
+        # What starts names its operands first, and behind its results what it keeps for itself.
+        return max(sum(sizes[: len(operands)]), sum(sizes[len(operands) : 2 * len(operands)]))
+    if kind == "reduce-scatter":
+        made = {found[1]: sum(_sizes(found[2])) for line in lines if (found := _DEFINED.match(line))}
+        return sum(made[operand] for operand in operands)
+    return sum(sizes)
+
+
+def _sizes(types: str) -> list[int]:
+    return [_bytes(*array) for array in _ARRAY.findall(types)]
 
 
 def _trips(condition: str, computations: dict[str, list[str]]) -> int:

@@ -26,8 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m deqa_jax.launch.local",
         description="Run a command as several processes of one job on this machine. When one fails, the others are "
         "ended, and its status is this command's.",
-        epilog="example: python -m deqa_jax.launch.local -n 2 --devices 4 -- "
-        "deqa train --config_path configs/tiny_cpu.yaml --output /tmp/run",
+        epilog="example: python -m deqa_jax.launch.local -n 2 --devices 2 -- "
+        "deqa score examples/ --model mix3 --output together.txt",
     )
     parser.add_argument("-n", "--processes", type=_positive, required=True, metavar="N", help="how many")
     parser.add_argument(
