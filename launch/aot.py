@@ -6,25 +6,13 @@ What is compiled is what runs: the training step of `train.program`, or the scor
 import dataclasses
 import logging
 import math
-import os
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Before JAX is imported: there is no TPU to look for, and nothing to be said of that.
-os.environ |= {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
-
 import jax
 import numpy as np
 from flax import nnx
-from jax.experimental import topologies
 from jax.sharding import NamedSharding
 from tabulate import tabulate
 
@@ -48,6 +36,7 @@ from deqa_jax.train.program import Program
 from deqa_jax.train.settings import TrainConfig
 
 from .hlo import Traffic, count_collectives, count_flops
+from .topology import PlanError, Topology, first_line, open_topology
 
 _GIB = 2**30
 # Of the published tokenizer: the conversation in front of a training image and the longest answer of the rating task
@@ -58,10 +47,6 @@ _SCORING_TEXT = (15, 12)
 _LEVEL_IDS = (1, 2, 3, 4, 5)
 
 _logger = logging.getLogger(__name__)
-
-
-class PlanError(ValueError):
-    """What cannot be planned; the message says why, and what can."""
 
 
 def plan_training(config: TrainConfig, topology_name: str, *, search: bool = False, largest: bool = False) -> str:
@@ -113,7 +98,7 @@ def plan_scoring(
 def _plan(
     make_job: "Callable[[MeshConfig], Job]",
     mesh: MeshConfig,
-    topology: "Topology",
+    topology: Topology,
     *,
     search: bool,
     largest: bool,
@@ -133,69 +118,6 @@ def _plan(
         except OutOfMemoryError as error:
             raise PlanError(advice(job, error, largest_batch(job, topology, None), training=training)) from error
     return before + report(found, topology, largest_batch(found.job, topology, found) if largest else None)
-
-
-# ---- chips ------------------------------------------------------------------------------------------------
-
-
-class Chip(NamedTuple):
-    """What the makers say of a chip.
-
-    Attributes:
-      flops: of matrix products in bfloat16, a second.
-      memory_bandwidth: bytes a second.
-      network_bandwidth: bytes a second into a chip, all of its links together.
-      memory: bytes.
-      axes: of its topologies.
-      most: chips that can be connected.
-    """
-
-    flops: float
-    memory_bandwidth: float
-    network_bandwidth: float
-    memory: int
-    axes: int
-    most: int
-
-
-# https://cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e
-CHIPS = {
-    "v4": Chip(275e12, 1228e9, 300e9, 32 * _GIB, 3, 4096),
-    "v5e": Chip(197e12, 819e9, 200e9, 16 * _GIB, 2, 256),
-    "v5p": Chip(459e12, 2765e9, 600e9, 95 * _GIB, 3, 6144),
-    "v6e": Chip(918e12, 1640e9, 448e9, 32 * _GIB, 2, 256),
-}
-
-
-class Topology(NamedTuple):
-    """TPU chips and how they are connected."""
-
-    name: str
-    chip: Chip
-    devices: Sequence[Any]
-    """One for each chip."""
-
-
-def open_topology(name: str) -> Topology:
-    """Describes chips by a name such as `v5e:4x4` or `v5p:2x2x4`.
-
-    Raises:
-      PlanError: there are none of that name.
-    """
-    examples = "v5e:1x1 to v5e:16x16, v6e:1x1 to v6e:16x16, v4:2x2x1 to v4:16x16x16, v5p:2x2x1 to v5p:16x16x24"
-    match = re.fullmatch(r"(\w+):(\d+(?:x\d+)+)", name)
-    chip = CHIPS.get(match[1]) if match else None
-    sizes = [int(size) for size in match[2].split("x")] if match else []
-    if chip is None or len(sizes) != chip.axes or not 1 <= math.prod(sizes) <= chip.most:
-        raise PlanError(f"no topology is called {name!r}; there are {examples}")
-    bounds = [min(size, 2) for size in sizes[:2]] + [1]
-    # The two cores of a v4 are one device.
-    cores = {"chip_config_name": "megacore"} if chip.axes == 3 else {}
-    try:
-        found = topologies.get_topology_desc(name, "tpu", chips_per_host_bounds=bounds, **cores)
-    except jax.errors.JaxRuntimeError as error:
-        raise PlanError(f"topology {name}: {_first_line(error)}; there are {examples}") from error
-    return Topology(name, chip, found.devices)
 
 
 # ---- what is compiled -------------------------------------------------------------------------------------
@@ -342,8 +264,8 @@ def compile_job(job: Job, topology: Topology, batch_size: int) -> Plan:
         compiled = compile_for(job.mesh, traced)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
-            raise PlanError(f"the compiler failed: {_first_line(error)}") from error
-        raise OutOfMemoryError(_first_line(error)) from error
+            raise PlanError(f"the compiler failed: {first_line(error)}") from error
+        raise OutOfMemoryError(first_line(error)) from error
     memory = compiled.memory_analysis()
     flops = count_flops(traced.jaxpr.jaxpr) / job.mesh.size
     collectives = count_collectives(compiled.as_text())
@@ -467,8 +389,3 @@ def _shape(mesh: jax.sharding.Mesh) -> str:
 
 def _gib(size: float) -> str:
     return f"{size / _GIB:.2f} GiB"
-
-
-def _first_line(error: Exception) -> str:
-    text = re.sub(r"^[A-Z_]+: ", "", str(error).strip())
-    return text.splitlines()[0].rstrip(".")

@@ -1,5 +1,6 @@
 """How processes find each other, as far as one process can tell; several are run in `tests/launch`."""
 
+import hashlib
 import inspect
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from deqa_jax import distributed
 from deqa_jax.distributed import (
     DistributedError,
+    agree,
     check_shared,
     first_goes_first,
     is_first,
@@ -177,6 +179,7 @@ def test_one_process_is_the_first_and_has_the_sum_and_waits_for_nobody() -> None
     assert not several()
     assert total(0) == 0
     assert total(7) == 7
+    assert agree(b"anything")
     wait_for_all()
     done = []
     with first_goes_first():
@@ -243,6 +246,21 @@ def test_the_sum_is_over_all_processes(
     found = total(2)
     assert found == 222
     assert isinstance(found, int)
+
+
+@pytest.mark.parametrize(("others", "expected"), [([b"a", b"a"], True), ([b"a", b"b"], False), ([b"", b"b"], False)])
+def test_processes_agree_if_all_say_the_same(
+    others: list[bytes], expected: bool, process: Callable[[int, int], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jax.experimental import multihost_utils
+
+    def gather(one: np.ndarray) -> np.ndarray:
+        return np.stack([one, *(np.frombuffer(hashlib.sha256(text).digest(), np.uint8) for text in others)])
+
+    waits = process(0, 3)
+    monkeypatch.setattr(multihost_utils, "process_allgather", gather)
+    assert agree(b"a") is expected
+    assert waits
 
 
 @pytest.mark.parametrize("index", [0, 1])

@@ -31,7 +31,7 @@ ROWS = [
     ["deqa_jax.convert.hf"],
     ["deqa_jax.convert.peft", "deqa_jax.convert.to_published"],
     ["deqa_jax.convert.to_jax", "deqa_jax.convert.describe", "deqa_jax.convert.to_peft"],
-    ["deqa_jax.launch", "deqa_jax.launch.hlo", "deqa_jax.launch.local"],
+    ["deqa_jax.launch", "deqa_jax.launch.hlo", "deqa_jax.launch.local", "deqa_jax.launch.topology"],
     ["deqa_jax.launch.aot"],
     ["deqa_jax.cli"],
 ]
