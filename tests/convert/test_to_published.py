@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from opening import merge_adapter, open_published
-from recipe import recipe_tensors
+from recipe import assert_same_as_golden, recipe_tensors
 
 from deqa_jax.checkpoint import Checkpoint
 from deqa_jax.cli import main
@@ -92,7 +92,7 @@ def test_golden_shards_return_with_their_buffers(tmp_path: Path, shared: Path) -
     export(tmp_path / "M", tmp_path / "H")
     tensors = _read(source)
     assert ROTARY_FREQUENCIES.format(2) in tensors
-    _assert_same(_read(tmp_path / "H"), tensors)
+    assert_same_as_golden(_read(tmp_path / "H"), tensors)
     assert json.loads((tmp_path / "H" / "config.json").read_text()) == json.loads((source / "config.json").read_text())
     for name in ("tokenizer.model", "preprocessor_config.json", "tokenizer_config.json", "special_tokens_map.json"):
         assert (tmp_path / "H" / name).read_bytes() == (source / name).read_bytes()
@@ -107,7 +107,7 @@ def test_golden_adapter_is_exported_merged(tmp_path: Path, shared: Path) -> None
     export(tmp_path / "M", tmp_path / "H")
     merged = merge_adapter(folder, open_published(base)).tensors
     assert merged[QUERY_WEIGHT.format(0)].dtype == np.float32
-    _assert_same(_read(tmp_path / "H"), {key: tensor.read() for key, tensor in merged.items()})
+    assert_same_as_golden(_read(tmp_path / "H"), {key: tensor.read() for key, tensor in merged.items()})
 
 
 def test_narrower_parameters_survive_the_trip(tmp_path: Path, write_published: WritePublished) -> None:

