@@ -1,8 +1,11 @@
 """Every test runs with eight fake devices, strict dtype and rank promotion, and warnings as errors."""
 
 import os
+import signal
 import tempfile
 
+# What a shell runs in the background ignores it, and so would every process that a test starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
