@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
+from deqa_jax import builtin_model
 from deqa_jax.checkpoint import Checkpoint, is_checkpoint
 from deqa_jax.config import DeqaConfig
 from deqa_jax.parameters import parameter_shapes
@@ -21,7 +22,7 @@ def describe(model: str) -> str:
     Raises:
       CheckpointError, ConversionError: it is neither, or damaged.
     """
-    folder = Path(model)
+    folder = Path(builtin_model.folder_of(model))
     if is_checkpoint(folder):
         lines = _converted(Checkpoint.open(folder))
     elif is_adapter(folder):

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from deqa_jax import builtin_model
 from deqa_jax.checkpoint import is_checkpoint, write_checkpoint
 from deqa_jax.files import new_folder, refuse_existing
 from deqa_jax.parameters import parameter_shapes
@@ -151,11 +152,13 @@ def resolve(model: str) -> Path:
     """The converted folder behind what `--model` names, converted once into a cache if it is not converted yet.
 
     Args:
-      model: a converted folder, a published one, or a hub id.
+      model: a converted folder, a published one, a hub id, or `deqa-tiny`, which comes with the package.
 
     Raises:
       ConversionError: it is none of these, or cannot be converted.
+      CheckpointError: `deqa-tiny` is damaged.
     """
+    model = str(builtin_model.folder_of(model))
     if is_checkpoint(Path(model)):
         return Path(model)
     folder = locate(model)

@@ -76,9 +76,11 @@ def _mesh(text: str) -> dict[str, int]:
 # ---- options ----------------------------------------------------------------------------------------------
 
 
-def _add_model(command: argparse.ArgumentParser, prompt: str) -> None:
+def _add_model(command: argparse.ArgumentParser, prompt: str, default: str = "") -> None:
     command.add_argument(
-        "--model", required=True, help="converted folder, published folder, or hub id (converted once into a cache)"
+        "--model",
+        required=not default,
+        help=f"converted folder, published folder, or hub id (converted once into a cache){default}",
     )
     command.add_argument(
         "--batch-size",
@@ -114,11 +116,14 @@ def _score(score: argparse.ArgumentParser) -> None:
     score.add_argument(
         "paths", nargs="+", metavar="PATH", help="image, folder (searched recursively), glob, or - for a list on stdin"
     )
-    _add_model(score, prompt="scorer")
+    _add_model(score, prompt="scorer", default="; default: deqa-tiny, which comes with the package")
     score.add_argument(
         "--format", choices=("table", "jsonl", "csv"), default="table", help="of the rows (default: table)"
     )
     score.add_argument("--output", type=Path, metavar="F", help="file to write instead of stdout; must not exist")
+    score.add_argument(
+        "--report", type=Path, metavar="F", help="page of all pictures and scores to write besides; must not exist"
+    )
 
 
 def _infer(infer: argparse.ArgumentParser) -> None:
@@ -221,6 +226,33 @@ def _labels(labels: argparse.ArgumentParser) -> None:
     own.add_argument("--seed", type=_seed, metavar="N", help="of that split (default: 0)")
 
 
+def _synth(synth: argparse.ArgumentParser) -> None:
+    synth.add_argument("out", type=Path, metavar="OUT", help="folder to make; must not exist, or be empty")
+    for option, default, what in (
+        ("--scenes", 100, "different scenes, or pictures to take from --from at most"),
+        ("--versions", 10, "pictures of each scene: one as it is, the others degraded"),
+    ):
+        synth.add_argument(
+            option, type=_whole_number(1, 1_000_000), default=default, metavar="N", help=f"{what} (default: {default})"
+        )
+    synth.add_argument(
+        "--families",
+        metavar="NAMES",
+        help="degradations to draw from, such as jpeg,gaussian_blur; any other name lists them all (default: all)",
+    )
+    synth.add_argument(
+        "--from",
+        dest="source",
+        type=Path,
+        metavar="DIR",
+        help="degrade the pictures in this folder (searched recursively; good ones) instead of drawing scenes",
+    )
+    synth.add_argument(
+        "--test-ratio", type=_share, default=0.2, metavar="R", help="share of scenes to test on (default: 0.2)"
+    )
+    synth.add_argument("--seed", type=_seed, default=0, metavar="N", help="of everything (default: 0)")
+
+
 def _train(train: argparse.ArgumentParser) -> None:
     train.add_argument("--config_path", required=True, type=Path, metavar="F", help="YAML configuration of the run")
     # The parser of the configuration takes what this one does not know; see `cli.main`.
@@ -282,7 +314,7 @@ def _init(init: argparse.ArgumentParser) -> None:
     init.add_argument("out", type=Path, metavar="OUT", help="folder to make; must not exist")
     init.add_argument(
         "--size",
-        choices=("test", "small", "mid", "full"),
+        choices=("test", "tiny", "small", "mid", "full"),
         default="test",
         help="4.4 M to 8.2 B parameters (default: test)",
     )
@@ -321,6 +353,12 @@ _COMMANDS = (
         "make training and test metas with soft labels from opinion scores",
         "deqa labels --csv scores.csv --scale 0 100 --out metas",
         _labels,
+    ),
+    (
+        "synth",
+        "make a dataset of degraded pictures with simulated opinions, to try everything with",
+        "deqa synth DATA --scenes 200 --seed 1",
+        _synth,
     ),
     (
         "train",

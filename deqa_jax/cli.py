@@ -1,12 +1,14 @@
-"""The command line: which function each command runs, and what each failure exits with.
+"""The command line: what each command runs, and the status it exits with.
 
 Nothing heavy is imported before a command is known, so that it answers at once.
 """
 
 import argparse
+import contextlib
 import io
 import logging
 import os
+import shlex
 import sys
 import traceback
 import warnings
@@ -14,11 +16,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from deqa_jax.arguments import USAGE_STATUS, parser
+from deqa_jax.failures import FAILED as _FAILED
+from deqa_jax.failures import explain
 
 if TYPE_CHECKING:
     from deqa_jax.scorer import Scorer
-
-_FAILED, _INTERRUPTED = 1, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -43,11 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("deqa_jax").setLevel(logging.INFO)
     status = _run(options)
-    if "jax" in sys.modules:
+    if _several():
         from deqa_jax import distributed
 
-        if distributed.several():
-            distributed.fail(status) if status else distributed.leave()
+        distributed.fail(status) if status else distributed.leave()
     sys.exit(status)
 
 
@@ -58,6 +59,7 @@ def _run(options: argparse.Namespace) -> int:
             "infer": _infer,
             "evaluate": _evaluate,
             "labels": _labels,
+            "synth": _synth,
             "train": _train,
             "plan": _plan,
             "prepare": _prepare,
@@ -68,48 +70,28 @@ def _run(options: argparse.Namespace) -> int:
         }[options.command](options)
         sys.stdout.flush()
         return status
-    except KeyboardInterrupt:
-        return _fail("interrupted; what was finished is written", _INTERRUPTED)
-    except (FileExistsError, NotADirectoryError) as error:
-        return _fail(_reason(error), USAGE_STATUS)
     except BrokenPipeError:
         # The reader of our output went away (`deqa score … | head`); keep Python from complaining about it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _FAILED
-    except OSError as error:
-        return _fail(_reason(error), _FAILED)
-    except Exception as error:
-        if "jax" not in sys.modules:
+    except (Exception, KeyboardInterrupt) as error:
+        explained = explain(error)
+        if explained is not None:
+            return _fail(*explained)
+        if not _several():
             raise
-        return _crashed(error)
+        # The other processes of the job wait for this one, and are told by its status.
+        traceback.print_exc()
+        return _FAILED
 
 
-def _crashed(error: Exception) -> int:
-    """Explains what JAX reports. Raises what is no such thing, or shows it if other processes wait for this one."""
-    import jax
-
+def _several() -> bool:
+    """Whether this is one of several processes, which nothing is loaded to find out."""
+    if "jax" not in sys.modules:
+        return False
     from deqa_jax import distributed
 
-    if isinstance(error, distributed.DistributedError):
-        return _fail(str(error), _FAILED)
-    if isinstance(error, jax.errors.JaxRuntimeError):
-        shown = str(error).splitlines()[0]
-        if "RESOURCE_EXHAUSTED" in shown:
-            return _fail(
-                "not enough memory; take smaller batches, bfloat16, or a mesh that splits the model over more devices. "
-                f"`deqa plan` says what fits ({shown})",
-                _FAILED,
-            )
-        if distributed.several():
-            return _fail(
-                "another process of this job has ended or does not answer; its own output says why, and the same "
-                f"command goes on from what is finished ({shown})",
-                _FAILED,
-            )
-    if not distributed.several():
-        raise error
-    traceback.print_exc()
-    return _FAILED
+    return distributed.several()
 
 
 def _join() -> None:
@@ -121,31 +103,27 @@ def _join() -> None:
         logging.getLogger("deqa_jax").setLevel(logging.WARNING)
 
 
-def _reason(error: OSError) -> str:
-    return f"{error.filename}: {error.strerror}" if error.filename else str(error)
-
-
 def _fail(message: str, status: int) -> int:
     print(f"deqa: {message}", file=sys.stderr)
     return status
 
 
 def _score(options: argparse.Namespace) -> int:
-    if options.output is not None and os.path.lexists(options.output):
-        return _fail(f"{options.output} exists already; remove it or choose another name", USAGE_STATUS)
-    if options.output is not None and not options.output.absolute().parent.is_dir():
-        return _fail(f"{options.output}: no such folder to write in; make it first", USAGE_STATUS)
-    from deqa_jax.score_files import UsageError, find_images
+    from deqa_jax.score_files import UsageError, check_new_files, find_images
 
     try:
+        check_new_files(output=options.output, report=options.report)
         paths = find_images(options.paths, sys.stdin)
     except UsageError as error:
         return _fail(str(error), USAGE_STATUS)
 
     _join()
     from deqa_jax.distributed import several
+    from deqa_jax.gallery import new_gallery
     from deqa_jax.score_files import score_files, score_together
 
+    if several() and options.report is not None:
+        return _fail("--report is written by one process; run several without it, or one with it", USAGE_STATUS)
     if several() and options.output is None:
         return _fail("several processes need --output FILE, in a folder that all of them share", USAGE_STATUS)
     scorer = _open_scorer(options)
@@ -156,11 +134,14 @@ def _score(options: argparse.Namespace) -> int:
             failed = score_together(scorer, paths, options.output, format=options.format)
         except UsageError as error:
             return _fail(str(error), USAGE_STATUS)
-    elif options.output is None:
-        failed = score_files(scorer, paths, sys.stdout, format=options.format)
     else:
-        with options.output.open("x", encoding="utf-8", errors="backslashreplace") as output:
-            failed = score_files(scorer, paths, output, format=options.format)
+        with contextlib.ExitStack() as files:
+            also, output = None, sys.stdout
+            if options.report is not None:
+                also = files.enter_context(new_gallery(options.report))
+            if options.output is not None:
+                output = files.enter_context(options.output.open("x", encoding="utf-8", errors="backslashreplace"))
+            failed = score_files(scorer, paths, output, format=options.format, also=also)
     if failed:
         return _fail(f"{failed} of {len(paths)} images could not be scored", _FAILED)
     return 0
@@ -285,6 +266,24 @@ def _labels(options: argparse.Namespace) -> int:
             print(label_csv(options.csv, options.out, LabelSettings(**settings), columns=columns, **draw))
     except (ConfigError, OpinionError) as error:
         return _fail(str(error), _FAILED)
+    return 0
+
+
+def _synth(options: argparse.Namespace) -> int:
+    from deqa_jax.data.degradations import UnknownFamilyError, named_families
+    from deqa_jax.data.synthetic import LABELS_FILE, SyntheticError, SyntheticSettings, synthesize
+    from deqa_jax.preprocess import ImageError
+
+    settings = {name: getattr(options, name) for name in ("scenes", "versions", "test_ratio", "seed")}
+    try:
+        if options.families is not None:
+            settings["families"] = named_families(options.families)
+        synthesize(options.out, SyntheticSettings(**settings), source=options.source)
+    except (SyntheticError, UnknownFamilyError) as error:
+        return _fail(str(error), USAGE_STATUS)
+    except ImageError as error:
+        return _fail(str(error), _FAILED)
+    print(f"next: deqa labels --config {shlex.quote(str(options.out / LABELS_FILE))}", file=sys.stderr)
     return 0
 
 

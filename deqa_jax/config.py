@@ -322,19 +322,25 @@ def _preset(
     vision: tuple[int, int, int, int],
     abstractor: tuple[int, int, int, int],
     language: tuple[int, int, int, int],
+    *,
+    patch_size: int = 14,
+    num_queries: int = 64,
+    vocab_size: int = 32000,
 ) -> DeqaConfig:
-    """Each part as (hidden_size, mlp_dim, num_layers, num_heads); the rest as published."""
+    """Each part as (hidden_size, mlp_dim, num_layers, num_heads); the rest as published, if nothing else is said."""
     keys = ("hidden_size", "mlp_dim", "num_layers", "num_heads")
     return DeqaConfig(
-        vision=VisionConfig(image_size=448, patch_size=14, layer_norm_eps=1e-6, **dict(zip(keys, vision, strict=True))),
+        vision=VisionConfig(
+            image_size=448, patch_size=patch_size, layer_norm_eps=1e-6, **dict(zip(keys, vision, strict=True))
+        ),
         abstractor=AbstractorConfig(
-            num_queries=64,
+            num_queries=num_queries,
             norm_eps=_ABSTRACTOR_NORM_EPS,
             ffn_norm_eps=1e-6,
             **dict(zip(keys, abstractor, strict=True)),
         ),
         language=LanguageConfig(
-            vocab_size=32000,
+            vocab_size=vocab_size,
             num_kv_heads=language[3],
             rope_theta=10000.0,
             rms_norm_eps=1e-5,
@@ -349,6 +355,10 @@ PRESETS: dict[str, DeqaConfig] = {
     # Benchmark sizes: the published widths with few layers, and a small model.
     "mid": _preset((1024, 4096, 3, 16), (1024, 2816, 1, 16), (4096, 11008, 4, 32)),
     "small": _preset((512, 2048, 6, 8), (512, 1408, 2, 8), (1024, 2816, 8, 16)),
+    # Small enough to come with the package, trained: `deqa_jax/assets/`.
+    "tiny": _preset(
+        (128, 512, 1, 1), (128, 384, 1, 2), (128, 352, 2, 2), patch_size=16, num_queries=16, vocab_size=512
+    ),
     # The size of the golden test model.
     "test": _preset((48, 96, 2, 4), (48, 80, 2, 4), (64, 160, 3, 4)),
 }

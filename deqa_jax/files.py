@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from deqa_jax.config import ConfigError
 
@@ -55,6 +55,24 @@ def write_text(path: Path, text: str) -> None:
         # What is no text in any encoding (file names may not be) is written with escapes, which JSON understands too.
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
         os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_text(out: Path) -> Iterator[TextIO]:
+    """A text file to fill under a temporary name, which becomes `out` when the block ends well and vanishes if not.
+
+    Raises:
+      FileExistsError: `out` is there already, or was made meanwhile.
+    """
+    refuse_existing(out)
+    temporary = out.parent / f".{out.name}.{os.getpid()}.tmp"
+    try:
+        with temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+            yield file
+        refuse_existing(out)
+        os.replace(temporary, out)
     finally:
         temporary.unlink(missing_ok=True)
 

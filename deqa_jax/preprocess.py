@@ -1,11 +1,12 @@
 """Image file, PIL image or array to the uint8 square that the model reads, and its normalisation (SPEC 1)."""
 
+import contextlib
 import dataclasses
 import functools
 import io
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -112,14 +113,32 @@ def load_square(image: ImageLike, config: PreprocessConfig) -> UInt8[np.ndarray,
     Raises:
       ImageError: the file is missing, damaged, larger than Pillow's limit, or no image.
     """
+    rgb = load_rgb(image)
+    with _naming(image):
+        return _square(rgb, config)
+
+
+def load_rgb(image: ImageLike, *, enough: int | None = None) -> Image.Image:
+    """Decodes an image as `load_square` does, in its own size. Raises `ImageError` likewise.
+
+    With `enough`, a JPEG file may come smaller, and much faster, as long as no side has fewer pixels than that.
+    """
     if isinstance(image, np.ndarray):
-        return _square(_from_array(image), config)
+        return _from_array(image)
+    with _naming(image):
+        if isinstance(image, Image.Image):
+            return _to_rgb(image)
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=_formats()) as opened:
+            if enough is not None:
+                opened.draft(None, (enough, enough))
+            return _to_rgb(opened)
+
+
+@contextlib.contextmanager
+def _naming(image: ImageLike) -> Iterator[None]:
     # Decoders raise nearly anything on damaged files; whatever it is, this image cannot be read.
     try:
-        if isinstance(image, Image.Image):
-            return _square(_to_rgb(image), config)
-        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=_formats()) as opened:
-            return _square(_to_rgb(opened), config)
+        yield
     except Exception as error:
         raise ImageError(f"{_name(image)}: {_reason(image, error)}") from error
 

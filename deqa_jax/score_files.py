@@ -5,7 +5,7 @@ import glob
 import json
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Protocol, TextIO
 
@@ -13,6 +13,7 @@ import jax
 from tqdm import tqdm
 
 from deqa_jax import distributed
+from deqa_jax.files import refuse_existing
 from deqa_jax.preprocess import IMAGE_SUFFIXES
 from deqa_jax.prompt import LEVELS
 from deqa_jax.scorer import Result, Scorer
@@ -20,6 +21,22 @@ from deqa_jax.scorer import Result, Scorer
 
 class UsageError(ValueError):
     """A command that asks for something that cannot be done; the message says what to do instead."""
+
+
+def check_new_files(*, output: Path | None, report: Path | None) -> None:
+    """Sees that what is to be written can be, before long work whose result could not be kept.
+
+    Raises:
+      FileExistsError: one of the files is there already.
+      UsageError: there is no folder for one of them, or both are the same.
+    """
+    files = [file for file in (output, report) if file is not None]
+    for file in files:
+        refuse_existing(file)
+        if not file.absolute().parent.is_dir():
+            raise UsageError(f"{file}: no such folder to write in; make it first")
+    if len({file.resolve() for file in files}) < len(files):
+        raise UsageError(f"{report}: rows and report go to files of their own; name another one for --report")
 
 
 def find_images(patterns: Iterable[str], stdin: TextIO) -> list[str]:
@@ -148,15 +165,29 @@ class TableRows:
 _ROWS: dict[str, type[RowWriter]] = {"table": TableRows, "jsonl": JsonlRows, "csv": CsvRows}
 
 
-def score_files(scorer: Scorer, paths: list[str], output: TextIO, *, format: str) -> int:
+def score_files(
+    scorer: Scorer,
+    paths: list[str],
+    output: TextIO,
+    *,
+    format: str,
+    also: Callable[[str, Result], None] | None = None,
+) -> int:
     """Scores files and writes a row each, in order, as soon as its batch is done.
+
+    Args:
+      scorer: what scores them.
+      paths: the files.
+      output: where the rows go.
+      format: `table`, `jsonl` or `csv`.
+      also: is given every path with its result, when its row is written.
 
     Returns:
       How many could not be read.
     """
     rows = _ROWS[format]()
     output.write(rows.header())
-    return _write_rows(scorer, paths, output, rows)
+    return _write_rows(scorer, paths, output, rows, also)
 
 
 def score_together(scorer: Scorer, paths: list[str], output: Path, *, format: str) -> int:
@@ -191,11 +222,19 @@ def score_together(scorer: Scorer, paths: list[str], output: Path, *, format: st
     return failed
 
 
-def _write_rows(scorer: Scorer, paths: list[str], output: TextIO, rows: RowWriter) -> int:
+def _write_rows(
+    scorer: Scorer,
+    paths: list[str],
+    output: TextIO,
+    rows: RowWriter,
+    also: Callable[[str, Result], None] | None = None,
+) -> int:
     failed = 0
     for path, result in zip(paths, _with_progress(scorer.stream(paths), len(paths), output), strict=True):
         output.write(rows.row(path, result))
         output.flush()
+        if also is not None:
+            also(path, result)
         failed += result.error is not None
     return failed
 

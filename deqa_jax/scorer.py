@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.stages import Wrapped
 from jaxtyping import Array, Float, UInt8
 
+from deqa_jax import builtin_model
 from deqa_jax.checkpoint import Checkpoint
 from deqa_jax.config import ConfigError, DeqaConfig, Execution, MeshConfig
 from deqa_jax.model.deqa import Deqa
@@ -152,12 +153,12 @@ class Scorer:
         self._cache = prefill(self._params)
 
     @classmethod
-    def from_pretrained(cls, model: str | os.PathLike[str], **options: Any) -> "Scorer":
+    def from_pretrained(cls, model: str | os.PathLike[str] | None = None, **options: Any) -> "Scorer":
         """Opens a model by name.
 
         Args:
           model: a converted folder, a published checkpoint's folder, or a hub id; the last two are converted once
-            into a cache.
+            into a cache. Without it `deqa-tiny`, the small model that comes with the package.
           **options: those of `Scorer`.
 
         Raises:
@@ -167,7 +168,9 @@ class Scorer:
         from deqa_jax.convert.to_jax import resolve
 
         use_compilation_cache()
-        return cls(Checkpoint.open(resolve(os.fspath(model))), **options)
+        if model is None:
+            builtin_model.announce()
+        return cls(Checkpoint.open(resolve(builtin_model.NAME if model is None else os.fspath(model))), **options)
 
     def __call__(self, images: Sequence[ImageLike]) -> Float[np.ndarray, "N"]:
         """Scores of images in order, float32 from 1 (bad) to 5 (excellent). Takes and raises what `predict` does."""

@@ -5,22 +5,30 @@ import io
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from deqa_jax import random_model
+from deqa_jax import builtin_model, random_model
 from deqa_jax.checkpoint import Checkpoint, CheckpointError
 from deqa_jax.config import MeshConfig
+from deqa_jax.data import synthetic
+from deqa_jax.data.metas import read_metas
+from deqa_jax.data.synthetic import SyntheticSettings
 from deqa_jax.prompt import LEVELS
 from deqa_jax.scorer import Scorer
 
-COMMANDS = ("score", "infer", "evaluate", "labels", "train", "plan", "prepare", "convert", "export", "info", "init")
+COMMANDS = (
+    *("score", "infer", "evaluate", "labels", "synth", "train"),
+    *("plan", "prepare", "convert", "export", "info", "init"),
+)
 UNREADABLE = {"empty.png", "not_an_image.jpg", "truncated.jpg"}
 
 
@@ -78,7 +86,7 @@ def test_the_version_is_that_of_the_distribution(deqa):
         ([], "name a command"),
         (["frobnicate"], "frobnicate"),
         (["score"], "PATH"),
-        (["score", "x.png"], "--model"),
+        (["infer", "--meta", "x.json", "--root", ".", "--out", "o"], "--model"),
         (["score", "--model", "M"], "PATH"),
         (["score", "x.png", "--model", "M", "--prompt", "chat"], "'chat'"),
         (["score", "x.png", "--model", "M", "--format", "xml"], "'xml'"),
@@ -103,6 +111,12 @@ def test_the_version_is_that_of_the_distribution(deqa):
         (["labels", "--csv", "F", "--out", "D", "--column", "score=MOS"], "'score=MOS' is not image, mos"),
         (["labels", "--csv", "F", "--out", "D", "--column", "mos="], "'mos=' is not image, mos"),
         (["labels", "--csv", "F", "--out", "D", "--test-ratio", "20"], "'20' is not a number from 0 to 1"),
+        (["synth"], "OUT"),
+        (["synth", "D", "--scenes", "0"], "'0' is not a whole number from 1"),
+        (["synth", "D", "--versions", "0"], "'0' is not a whole number from 1"),
+        (["synth", "D", "--versions", "few"], "'few' is not a whole number from 1"),
+        (["synth", "D", "--test-ratio", "20"], "'20' is not a number from 0 to 1"),
+        (["synth", "D", "--seed", "-1"], "'-1' is not a whole number from 0"),
         (["prepare", "--dataset", "koniq", "--root", "D"], "--out"),
     ],
     ids=" ".join,
@@ -128,6 +142,11 @@ def test_bad_usage_exits_with_2_and_says_where_help_is(arguments, complaint, deq
         (["labels", "--csv", "F", "--out", "D", "--scale", "5", "1"], "the lowest possible score first"),
         (["labels", "--config", "F", "--seed", "0"], "--seed goes with --csv"),
         (["labels", "--config", "F", "--invert"], "--invert goes with --csv"),
+        (["synth", "D", "--families", "jpeg,jpg"], "no family 'jpg'; there are gaussian_blur, motion_blur"),
+        (["synth", "D", "--families", ""], "no family named; there are gaussian_blur, motion_blur"),
+        (["synth", "D", "--from", "absent"], "absent: no such folder"),
+        (["synth", "D", "--from", "."], ".: no readable pictures in this folder"),
+        (["synth", "."], "give it a name"),
         (["prepare", "--dataset", "ava", "--root", "D", "--out", "R"], "no dataset 'ava'; there are koniq, spaq"),
     ],
     ids=" ".join,
@@ -147,6 +166,22 @@ def test_messages_name_no_internals(deqa):
 
 
 # ---- score ------------------------------------------------------------------------------------------------
+
+
+def test_without_a_model_score_uses_the_one_of_the_package_and_says_so_once(deqa, images, caplog):
+    builtin_model.announce.cache_clear()
+    for _ in range(2):
+        status, out, _ = deqa("score", str(images / "square.png"), "--format", "jsonl")
+        assert status == 0
+        assert 1 < json.loads(out)["score"] < 5
+    assert caplog.text.count("no model named: using deqa-tiny") == 1
+
+
+def test_a_damaged_model_of_the_package_asks_for_a_new_installation(deqa, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(builtin_model, "FOLDER", tmp_path)
+    status, out, err = deqa("score", str(images / "square.png"))
+    assert (status, out) == (1, "")
+    assert "install the package again" in err
 
 
 @pytest.fixture(scope="module")
@@ -410,6 +445,80 @@ def test_a_reader_that_goes_away_is_no_traceback(converted, images, tmp_path):
     process.stdout.close()
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (1, "")
+
+
+# ---- synth ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "passed", "source"),
+    [
+        ([], SyntheticSettings(), None),
+        (
+            ["--scenes", "7", "--versions", "3", "--families", "haze,jpeg", "--test-ratio", "0.5", "--seed", "9"],
+            SyntheticSettings(scenes=7, versions=3, families=("haze", "jpeg"), test_ratio=0.5, seed=9),
+            None,
+        ),
+        (["--from", "photos"], SyntheticSettings(), Path("photos")),
+    ],
+    ids=["defaults", "all", "from"],
+)
+def test_options_of_synth_reach_it_and_the_next_step_is_named(options, passed, source, deqa, monkeypatch):
+    calls = []
+    monkeypatch.setattr(synthetic, "synthesize", lambda *given, **named: calls.append((given, named)))
+    assert deqa("synth", "my D", *options) == (0, "", "next: deqa labels --config 'my D/labels.json'\n")
+    assert calls == [((Path("my D"), passed), {"source": source})]
+
+
+def test_help_of_synth_names_the_defaults(deqa):
+    _, help, _ = deqa("synth", "--help")
+    defaults = SyntheticSettings()
+    found = re.findall(r"\(default: (\S+)\)", " ".join(help.split()))
+    assert found == [str(x) for x in (defaults.scenes, defaults.versions, "all", defaults.test_ratio, defaults.seed)]
+
+
+def test_labels_go_on_with_what_synth_makes(deqa, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(synthetic, "_SIDES", (24, 40))
+    monkeypatch.setattr(synthetic, "_in_processes", lambda jobs: (synthetic._write_scene(job) for job in jobs))
+    status, out, err = deqa("synth", "D", "--scenes", 2, "--versions", 3, "--test-ratio", 0.5)
+    assert (status, out) == (0, "")
+    assert caplog.messages == ["D: 6 images of 2 scenes"]
+    command = err.removeprefix("next: deqa ").split()
+    status, out, _ = deqa(*command)
+    assert status == 0
+    assert "of 6" in out
+    metas = read_metas(tmp_path / "D" / "metas" / "test.json")
+    assert [(tmp_path / item.image).is_file() for item in metas] == [True] * 3
+
+
+@pytest.mark.parametrize("out", ["full", "file", "file/D"])
+def test_synth_refuses_a_place_it_cannot_have(out, deqa, tmp_path, monkeypatch):
+    monkeypatch.setattr(synthetic, "_in_processes", lambda jobs: pytest.fail("made for nothing"))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    status, out, err = deqa("synth", tmp_path / out)
+    assert (status, out) == (2, "")
+    assert is_sentence(err)
+    assert len(list(tmp_path.rglob("*"))) == 3
+
+
+@pytest.mark.parametrize(("awaited", "seconds"), [(".D*", 0.5), (".D*/images/*", 0)], ids=["starting", "drawing"])
+def test_control_c_leaves_nothing_of_a_dataset(awaited, seconds, tmp_path):
+    """A terminal sends it to all processes; one of them speaks, whatever the others were at."""
+    process = start("synth", tmp_path / "D", "--scenes", 1000, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob(awaited)):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(seconds)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err == "deqa: interrupted; what was finished is written\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---- info -------------------------------------------------------------------------------------------------

@@ -19,7 +19,14 @@ PUBLISHED = ["mix3_full.yaml", "mix3_lora.yaml"]
 
 
 def test_they_are_where_the_package_has_them():
-    assert NAMES == ["finetune_lora.yaml", "koniq_full.yaml", "mix3_full.yaml", "mix3_lora.yaml", "tiny_cpu.yaml"]
+    assert NAMES == [
+        "finetune_lora.yaml",
+        "koniq_full.yaml",
+        "mix3_full.yaml",
+        "mix3_lora.yaml",
+        "tiny_cpu.yaml",
+        "tiny_synthetic.yaml",
+    ]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -22,8 +22,11 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+TUTORIAL = (ROOT / "docs" / "tutorial.md").read_text()
+
+
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +52,7 @@ def workplace(published: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def _write_datasets(folder: Path) -> None:
     """Two published datasets in miniature, and opinion scores as one's own and as published ones."""
-    pictures = sorted((ROOT / "examples").glob("*.jpg")) * 2
+    pictures = sorted((ROOT / "examples").glob("*.jpg"))[::3] * 2
     for name, metas in (("KONIQ", "test_koniq_2k.json"), ("SPAQ", "test_spaq_2k.json")):
         images = folder / "Data-DeQA-Score" / name / "images"
         images.mkdir(parents=True)
@@ -71,21 +74,39 @@ def _write_datasets(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def test_readme_commands_run(workplace: Path) -> None:
-    lines = [line for block in blocks("bash") for line in block.splitlines()]
-    commands = [line for line in lines if line.startswith(("deqa ", "python -m deqa_jax."))]
-    assert len(commands) >= 6
+def run_command(command: str, folder: Path) -> None:
     # The command that belongs to the interpreter of this test run.
     # Like a reader's machine, this one has its own number of devices; programs compile in half the time.
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
     }
+    done = subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{command}\n{done.stderr}"
+
+
+def test_readme_commands_run(workplace: Path) -> None:
+    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    commands = [line for line in lines if line.startswith(("deqa ", "python -m deqa_jax."))]
+    assert len(commands) >= 6
     for command in commands:
         if command.startswith("deqa plan") and importlib.util.find_spec("libtpu") is None:
             continue  # the compiler for TPUs is for Linux on x86-64 only
-        done = subprocess.run(command, shell=True, cwd=workplace, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, f"{command}\n{done.stderr}"
+        run_command(command, workplace)
+
+
+def test_the_tutorial_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    steps = re.findall(r"^```(bash|python)\n(.*?)^```", TUTORIAL, re.MULTILINE | re.DOTALL)
+    assert [language for language, _ in steps].count("python") == 1
+    for language, text in steps:
+        if language == "python":
+            exec(text, {})
+            continue
+        for command in text.splitlines():
+            run_command(command, tmp_path)
+    assert (tmp_path / "gallery.html").is_file()
 
 
 def test_readme_python_runs(workplace: Path, converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:

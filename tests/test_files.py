@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from deqa_jax.config import ConfigError
-from deqa_jax.files import new_folder, read_json, read_json_value, refuse_existing, write_text
+from deqa_jax.files import new_folder, new_text, read_json, read_json_value, refuse_existing, write_text
 
 
 def test_reading_json_names_the_file(tmp_path):
@@ -125,3 +125,49 @@ def test_text_that_cannot_be_written_leaves_the_old_file(tmp_path, monkeypatch):
         write_text(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+# ---- files that appear when complete ----------------------------------------------------------------------
+
+
+def test_a_new_file_appears_when_it_is_complete(tmp_path):
+    out = tmp_path / "x.html"
+    with new_text(out) as file:
+        file.write("one\nzwei é\udcff\n")
+        file.flush()
+        assert not out.exists()
+    assert out.read_bytes() == "one\nzwei é\\udcff\n".encode()
+    assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_failure_leaves_no_file(error, tmp_path):
+    def fail():
+        with new_text(tmp_path / "x.html") as file:
+            file.write("half")
+            raise error
+
+    with pytest.raises(error):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_exists_is_refused_and_left_alone(tmp_path):
+    out = tmp_path / "x.html"
+    out.write_text("mine")
+    with pytest.raises(FileExistsError, match=r"x\.html exists already; remove it"), new_text(out):
+        pytest.fail("the block must not run")
+    assert list(tmp_path.iterdir()) == [out]
+    assert out.read_text() == "mine"
+
+
+def test_a_file_that_was_made_meanwhile_is_left_alone(tmp_path):
+    def late():
+        with new_text(tmp_path / "x.html") as file:
+            file.write("ours")
+            (tmp_path / "x.html").write_text("theirs")
+
+    with pytest.raises(FileExistsError, match="exists already"):
+        late()
+    assert (tmp_path / "x.html").read_text() == "theirs"
+    assert list(tmp_path.iterdir()) == [tmp_path / "x.html"]

@@ -17,7 +17,7 @@ from PIL import Image
 
 from deqa_jax import preprocess
 from deqa_jax.config import ConfigError
-from deqa_jax.preprocess import ImageError, PreprocessConfig, load_square, normalize
+from deqa_jax.preprocess import ImageError, PreprocessConfig, load_rgb, load_square, normalize
 
 SMALL = PreprocessConfig(size=32, resample=3, mean=(0.48, 0.45, 0.4), std=(0.27, 0.26, 0.28))
 RASTER_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
@@ -207,6 +207,22 @@ def test_arrays_that_do_not_own_their_rows_are_read():
 def test_other_arrays_are_refused_with_their_shape(dtype, shape):
     with pytest.raises(ImageError, match=re.escape(f"{dtype} {list(shape)}")):
         load_square(np.zeros(shape, dtype), SMALL)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "enough", "size"),
+    [("jpg", None, (400, 240)), ("jpg", 60, (100, 60)), ("jpg", 61, (200, 120)), ("jpg", 999, (400, 240)),
+     ("png", 60, (400, 240))],
+)  # fmt: skip
+def test_a_jpeg_of_which_less_is_enough_comes_smaller(suffix, enough, size, tmp_path):
+    path = tmp_path / f"x.{suffix}"
+    Image.linear_gradient("L").resize((400, 240)).convert("RGB").save(path, quality=95)
+    whole, found = load_rgb(path), load_rgb(path, enough=enough)
+    assert whole.size == (400, 240)
+    assert found.size == size
+    assert found.mode == "RGB"
+    difference = np.int32(found.resize((40, 24), Image.Resampling.BOX)) - whole.resize((40, 24), Image.Resampling.BOX)
+    assert np.abs(difference).max() <= 3
 
 
 def test_exif_orientation_is_ignored(tmp_path):

@@ -6,10 +6,7 @@ import html
 import io
 import json
 import math
-import os
 import re
-import shutil
-import subprocess
 import sys
 import warnings
 import xml.etree.ElementTree as ET
@@ -21,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.stats
+from browser import find_browser, open_page
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
@@ -469,22 +467,6 @@ def test_without_its_extra_the_report_is_a_message(
 
 # ---- in a browser -----------------------------------------------------------------------------------------
 
-# By itself, Chromium asks its maker for this and that, without an origin; what a page asks for has one.
-NO_PAGE = "not an origin"
-FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-dev-shm-usage",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-    "--host-resolver-rules=MAP * ~NOTFOUND",
-    "--virtual-time-budget=5000",
-    "--net-log-capture-mode=Everything",
-    "--dump-dom",
-)
 OUTSIDE = {
     "image": '<img src="http://outside.example/a.png">',
     "style": '<link rel="stylesheet" href="https://outside.example/b.css">',
@@ -529,36 +511,10 @@ Open = Callable[[str], tuple[str, list[str]]]
 
 
 @pytest.fixture(scope="module")
-def browser() -> str:
-    for name in ("chromium", "chromium-browser", "google-chrome"):
-        path = shutil.which(name)
-        # Where it is not installed, some systems have a program of this name that says how to.
-        if path is not None and subprocess.run([path, "--version"], capture_output=True).returncode == 0:
-            return path
-    pytest.skip("needs Chromium: looked for chromium, chromium-browser and google-chrome")
-
-
-@pytest.fixture(scope="module")
-def visit(browser: str, tmp_path_factory: pytest.TempPathFactory) -> Open:
+def visit(tmp_path_factory: pytest.TempPathFactory) -> Open:
     """Opens a page: the document as it ends up, and what it asked the network for."""
-
-    def visit(page: str) -> tuple[str, list[str]]:
-        folder = tmp_path_factory.mktemp("browser")
-        (folder / "page.html").write_text(page, encoding="utf-8")
-        log = folder / "log.json"
-        done = subprocess.run(
-            [browser, *FLAGS, f"--user-data-dir={folder / 'user'}", f"--log-net-log={log}",
-             (folder / "page.html").as_uri()],
-            capture_output=True, text=True, timeout=120, env=os.environ | {"HOME": str(folder)},
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        assert "<body>" in done.stdout, done.stderr
-        logged = json.loads(log.read_text())
-        start = logged["constants"]["logEventTypes"]["URL_REQUEST_START_JOB"]
-        requests = [event["params"] for event in logged["events"] if event["type"] == start and "params" in event]
-        return done.stdout, [x["url"] for x in requests if "url" in x and x.get("initiator") != NO_PAGE]
-
-    return visit
+    browser = find_browser()
+    return lambda page: open_page(browser, page, tmp_path_factory.mktemp("browser"))[:2]
 
 
 @pytest.fixture(scope="module")

@@ -232,6 +232,16 @@ def test_every_row_can_be_seen_when_it_is_done():
     assert [text.count("\n") for text in output.seen[:3]] == [1, 2, 3]
 
 
+def test_whoever_else_wants_them_is_given_every_result_after_its_row():
+    output, given = io.StringIO(), []
+
+    def also(path, result):
+        given.append((path, result.error, output.getvalue().count("\n")))
+
+    score_files(FakeScorer(), ["z.png", "bad.png"], output, format="jsonl", also=also)
+    assert given == [("z.png", None, 1), ("bad.png", "bad.png: bad", 2)]
+
+
 class Terminal(io.StringIO):
     def isatty(self):
         return True

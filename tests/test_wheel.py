@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from deqa_jax.builtin_model import damaged_files
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -37,6 +39,13 @@ def test_every_module_is_installed(installed: Path) -> None:
         expected |= {Path(folder) / path.name for path in (ROOT / folder).glob("*.py")}
     assert {path.relative_to(installed / "deqa_jax") for path in (installed / "deqa_jax").rglob("*.py")} == expected
     assert (installed / "deqa_jax" / "py.typed").is_file()
+    assert (installed / "deqa_jax" / "gallery_page.html").is_file()
+
+
+def test_the_model_of_the_package_is_installed(installed: Path) -> None:
+    source, target = (folder / "deqa_jax" / "assets" / "deqa-tiny" for folder in (ROOT, installed))
+    assert {path.name for path in target.iterdir()} == {path.name for path in source.iterdir()}
+    assert damaged_files(target) == []
 
 
 @pytest.mark.parametrize("name", ["configs", "launch"])
