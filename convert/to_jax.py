@@ -13,7 +13,7 @@ import numpy as np
 
 from deqa_jax import builtin_model
 from deqa_jax.checkpoint import is_checkpoint, write_checkpoint
-from deqa_jax.files import new_folder, refuse_existing
+from deqa_jax.files import new_folder, refuse_existing, sha256
 from deqa_jax.parameters import parameter_shapes
 
 from .hf import Published, open_published, side_files
@@ -137,15 +137,10 @@ def _provenance(source: str, base: str | None, published: Published) -> dict[str
     return {
         "source": source,
         "base": base,
-        "files": {path.name: _sha256(path) for path in published.weight_files},
+        "files": {path.name: sha256(path) for path in published.weight_files},
         "tensors": {key: dtype_name(tensor.dtype) for key, tensor in published.tensors.items()},
         "versions": {name: importlib.metadata.version(name) for name in ("deqa-jax", "jax", "orbax-checkpoint")},
     }
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def resolve(model: str) -> Path:

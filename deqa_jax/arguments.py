@@ -316,7 +316,7 @@ def _init(init: argparse.ArgumentParser) -> None:
         "--size",
         choices=("test", "tiny", "small", "mid", "full"),
         default="test",
-        help="4.4 M to 8.2 B parameters (default: test)",
+        help="1.2 M (tiny) to 8.2 B parameters (default: test)",
     )
     init.add_argument("--seed", type=_seed, default=0, metavar="N", help="of the weights (default: 0)")
     _add_stored_dtype(init, "float32")

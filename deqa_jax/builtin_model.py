@@ -5,12 +5,12 @@ files besides.
 """
 
 import functools
-import hashlib
 import logging
 from pathlib import Path
 
 from deqa_jax.checkpoint import CheckpointError
 from deqa_jax.distributed import is_first
+from deqa_jax.files import sha256
 
 NAME = "deqa-tiny"
 FOLDER = Path(__file__).parent / "assets" / NAME
@@ -59,12 +59,11 @@ def damaged_files(model: Path) -> list[str]:
     expected = [line.split(maxsplit=1) for line in lines if line.strip()]
     if not expected or any(len(entry) != 2 for entry in expected):
         return [HASHES_FILE]
-    return [name for digest, name in expected if _hash_of(model / name) != digest]
+    return [name for digest, name in expected if not _has_hash(model / name, digest)]
 
 
-def _hash_of(path: Path) -> str | None:
+def _has_hash(path: Path, digest: str) -> bool:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256(path) == digest
     except OSError:
-        return None
+        return False

@@ -1,6 +1,7 @@
 """Files that are whole or not there, and JSON read with errors that name the file."""
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -27,6 +28,12 @@ def read_json_value(path: Path) -> Any:
         raise ConfigError(f"{path}: no such file") from error
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not JSON ({error})") from error
+
+
+def sha256(path: Path) -> str:
+    """The hash of a file's content, in hexadecimal digits. Raises `OSError` if it cannot be read."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def first_of(problems: Sequence[str], shown: int = 10) -> str:

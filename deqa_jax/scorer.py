@@ -170,7 +170,8 @@ class Scorer:
         use_compilation_cache()
         if model is None:
             builtin_model.announce()
-        return cls(Checkpoint.open(resolve(builtin_model.NAME if model is None else os.fspath(model))), **options)
+            model = builtin_model.NAME
+        return cls(Checkpoint.open(resolve(os.fspath(model))), **options)
 
     def __call__(self, images: Sequence[ImageLike]) -> Float[np.ndarray, "N"]:
         """Scores of images in order, float32 from 1 (bad) to 5 (excellent). Takes and raises what `predict` does."""

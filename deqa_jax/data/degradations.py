@@ -156,18 +156,19 @@ _JPEG_QUALITY = ((0.0, 0.2, 0.4, 0.6, 0.8, 1.0), (90, 60, 36, 20, 10, 5))
 _WEBP_QUALITY = ((0.0, 0.25, 0.5, 0.75, 1.0), (85, 45, 20, 8, 0))
 
 
-def _encoded(pixels: Pixels, format: str, quality: int) -> Pixels:
+def encoded(pixels: Pixels, format: str, quality: int) -> Pixels:
+    """A picture after it was stored in a lossy format of Pillow's and read again."""
     content = io.BytesIO()
     Image.fromarray(pixels).save(content, format, quality=quality)
     return np.asarray(Image.open(content).convert("RGB"))
 
 
 def _jpeg(rng: np.random.Generator, pixels: Pixels, strength: float) -> Pixels:
-    return _encoded(pixels, "JPEG", round(np.interp(strength, *_JPEG_QUALITY)))
+    return encoded(pixels, "JPEG", round(np.interp(strength, *_JPEG_QUALITY)))
 
 
 def _webp(rng: np.random.Generator, pixels: Pixels, strength: float) -> Pixels:
-    return _encoded(pixels, "WEBP", round(np.interp(strength, *_WEBP_QUALITY)))
+    return encoded(pixels, "WEBP", round(np.interp(strength, *_WEBP_QUALITY)))
 
 
 _UPSAMPLING = (Image.Resampling.BICUBIC, Image.Resampling.BILINEAR, Image.Resampling.NEAREST)

@@ -7,11 +7,12 @@ background out of focus.
 """
 
 import dataclasses
-import io
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageDraw, ImageFilter
+
+from deqa_jax.data.degradations import encoded
 
 # Everything is drawn larger and scaled down, which smooths the edges as a lens and a sensor do.
 _OVERSAMPLING = 2
@@ -182,10 +183,7 @@ def _polygon(rng: np.random.Generator, radius: float) -> Float[np.ndarray, "N 2"
     corners = int(rng.choice([3, 4, 4, 4, 5]))
     turn = 0.0 if corners == 4 and rng.random() < 0.6 else rng.uniform(0, 2 * np.pi)
     angle = 2 * np.pi * (np.arange(corners) + 0.5) / corners
-    flat = np.exp(rng.normal(0, 0.5))
-    points = np.stack([np.cos(angle) * flat, np.sin(angle) / flat], axis=1) * radius
-    rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
-    return points @ rotation
+    return _outline(angle, radius, flat=np.exp(rng.normal(0, 0.5)), turn=turn)
 
 
 def _blob(rng: np.random.Generator, radius: float) -> Float[np.ndarray, "N 2"]:
@@ -194,9 +192,15 @@ def _blob(rng: np.random.Generator, radius: float) -> Float[np.ndarray, "N 2"]:
     waves = rng.integers(2, 9, 2)
     dents = 1 + 0.12 * np.sin(waves[0] * angle + rng.uniform(0, 6)) + 0.06 * np.sin(waves[1] * angle)
     turn, flat = rng.uniform(0, np.pi), np.exp(rng.normal(0, 0.35))
-    points = np.stack([np.cos(angle) * flat, np.sin(angle) / flat], axis=1) * (radius * dents)[:, None]
-    rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
-    return points @ rotation
+    return _outline(angle, (radius * dents)[:, None], flat=flat, turn=turn)
+
+
+def _outline(
+    angle: Float[np.ndarray, "N"], radius: float | Float[np.ndarray, "N 1"], *, flat: float, turn: float
+) -> Float[np.ndarray, "N 2"]:
+    """Points around a centre, pulled along one axis, pushed along the other, and turned."""
+    points = np.stack([np.cos(angle) * flat, np.sin(angle) / flat], axis=1) * radius
+    return points @ np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
 
 
 def _paint(
@@ -280,12 +284,8 @@ def _developed(
     if rng.random() < 0.08:
         pixels = np.repeat(pixels.mean(axis=2, keepdims=True), 3, axis=2)
     noisy = pixels + rng.normal(0, rng.uniform(0, 2.0), pixels.shape).astype(np.float32)
-    finished = Image.fromarray(np.clip(noisy + 0.5, 0, 255).astype(np.uint8))
-    if rng.random() < 0.5:
-        content = io.BytesIO()
-        finished.save(content, "JPEG", quality=int(rng.integers(88, 98)))
-        finished = Image.open(content)
-    return np.asarray(finished)
+    finished = np.clip(noisy + 0.5, 0, 255).astype(np.uint8)
+    return encoded(finished, "JPEG", int(rng.integers(88, 98))) if rng.random() < 0.5 else finished
 
 
 def _blurred(picture: Float[np.ndarray, "H W 3"], sigma: float) -> Float[np.ndarray, "H W 3"]:
