@@ -24,6 +24,7 @@ from deqa_jax.scorer import use_compilation_cache
 
 PATCH_FILTERS = ("vision", "patch_embedding", "kernel")
 EMBEDDING = ("language", "embedding")
+ABSTRACTOR_QUERY = ("abstractor", "layers", "query", "kernel")
 FIRST_UP, FIRST_DOWN = (("vision", "layers", name, "kernel") for name in ("up", "down"))
 # OpenAI CLIP's colours, as in every published checkpoint.
 _PREPROCESSOR = {
@@ -60,6 +61,8 @@ def init(out: Path, *, size: str = "test", seed: int = 0, dtype: str = "float32"
     for path, first in first_vision(config.vision, seed).items():
         # Of the blocks, which are stacked, the first one.
         arrays[path] = (arrays[path].at[0] if "layers" in path else arrays[path].at[:]).set(first.astype(dtype))
+    # Queries that look at everything alike have nothing to tell each other apart by.
+    arrays[ABSTRACTOR_QUERY] *= jnp.asarray(3, dtype)
     # An optimizer's steps are of one size: of the published 0.02 the first ones would leave nothing.
     arrays[EMBEDDING] *= jnp.asarray(1 / EMBEDDING_STD, dtype)
     leaves = {path: InMemory(array) for path, array in arrays.items()}
@@ -91,7 +94,8 @@ def first_vision(config: VisionConfig, seed: int) -> dict[ParamPath, Float[np.nd
     pairs = min(width, hidden // 2)
     # quick_gelu(4x) + quick_gelu(−4x) is about |4x|.
     up[:, : 2 * pairs] = 4 * np.concatenate([np.eye(width, pairs), -np.eye(width, pairs)], axis=1)
-    down[: 2 * pairs] = np.concatenate([np.eye(pairs, width)] * 2) / 2
+    # What is added is 2|x| − x, so that of a patch's answer x only its size goes on.
+    down[: 2 * pairs] = np.concatenate([np.eye(pairs, width), 3 * np.eye(pairs, width)]) / 4
     return {PATCH_FILTERS: _cosines(rng, config.patch_size, width), FIRST_UP: up, FIRST_DOWN: down}
 
 

@@ -6,7 +6,10 @@ import tempfile
 
 # What a shell runs in the background ignores it, and so would every process that a test starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+# Small models take longer to compile than to run: LLVM's passes over a program would double the time of all tests.
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+)
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"

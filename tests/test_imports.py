@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROWS = [
     ["deqa_jax", "deqa_jax.config", "deqa_jax.convert", "deqa_jax.data", "deqa_jax.metrics", "deqa_jax.arguments"],
     ["deqa_jax.model.layers", "deqa_jax.files", "deqa_jax.data.pairs", "deqa_jax.train", "deqa_jax.distributed"],
+    ["deqa_jax.data.augmentation"],
     ["deqa_jax.model", "deqa_jax.model.vision", "deqa_jax.model.abstractor", "deqa_jax.model.llama"],
     ["deqa_jax.model.deqa", "deqa_jax.preprocess", "deqa_jax.prompt"],
     ["deqa_jax.parameters", "deqa_jax.losses"],

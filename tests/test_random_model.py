@@ -116,15 +116,16 @@ def test_patch_filters_answer_blur_and_noise_where_random_ones_see_the_mean(size
     assert np.abs(means[:, config.hidden_size // 16 :]).max() < 1e-6
 
 
-def test_the_first_mlp_takes_absolute_values():
+def test_the_first_mlp_leaves_absolute_values():
     config = PRESETS["tiny"].vision
     first = random_model.first_vision(config, seed=0)
     up, down = first[random_model.FIRST_UP], first[random_model.FIRST_DOWN]
     x = np.random.default_rng(1).normal(size=(200, config.hidden_size))
     hidden = x @ up
-    out = (hidden / (1 + np.exp(-1.702 * hidden))) @ down
+    out = x + (hidden / (1 + np.exp(-1.702 * hidden))) @ down
     correlation = [np.corrcoef(out[:, i], np.abs(x[:, i]))[0, 1] for i in range(config.hidden_size)]
-    assert min(correlation) > 0.8
+    assert min(correlation) > 0.95
+    assert abs(np.corrcoef(out.ravel(), x.ravel())[0, 1]) < 0.05
 
 
 def test_they_are_in_the_checkpoint(model):
@@ -133,3 +134,5 @@ def test_they_are_in_the_checkpoint(model):
     np.testing.assert_allclose(stored[random_model.PATCH_FILTERS], first[random_model.PATCH_FILTERS], rtol=0.01)
     np.testing.assert_allclose(stored[random_model.FIRST_UP][0], first[random_model.FIRST_UP], rtol=0.01)
     assert stored[random_model.EMBEDDING].std() == pytest.approx(1, abs=0.05)
+    config = PRESETS["test"].abstractor
+    assert stored[random_model.ABSTRACTOR_QUERY].std() == pytest.approx(3 * config.hidden_size**-0.5, rel=0.1)

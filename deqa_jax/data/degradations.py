@@ -4,8 +4,10 @@ A strength goes from 0, hardly to be seen, to 1, about the worst that such datas
 the picture as it is looked at, 448 pixels along its longer side (see `VIEWED_SIDE`).
 """
 
+import collections
 import dataclasses
 import io
+import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -120,13 +122,21 @@ def _motion_blur(rng: np.random.Generator, pixels: Pixels, strength: float) -> P
     length = _between(strength, 1.5, 28.0) * _scale(pixels)
     angle = rng.uniform(0, np.pi)
     steps = max(3, round(length))
-    edge = np.pad(pixels, ((steps, steps), (steps, steps), (0, 0)), mode="edge")
+    way = np.linspace(-length / 2, length / 2, steps)
+    y, x = way * np.sin(angle), way * np.cos(angle)
+    # A place between pixels is shared among the four around it.
+    shares: dict[tuple[int, int], float] = collections.defaultdict(float)
+    for down, right in itertools.product((0, 1), repeat=2):
+        at = np.floor(y).astype(int) + down, np.floor(x).astype(int) + right
+        for place, share in zip(zip(*at, strict=True), (1 - abs(y - at[0])) * (1 - abs(x - at[1])), strict=True):
+            shares[place] += share / steps
+    border = steps + 1
+    edge = np.pad(pixels, ((border, border), (border, border), (0, 0)), mode="edge").astype(np.float32)
     height, width = pixels.shape[:2]
     total = np.zeros(pixels.shape, np.float32)
-    for way in np.linspace(-length / 2, length / 2, steps):
-        y, x = steps + round(way * np.sin(angle)), steps + round(way * np.cos(angle))
-        total += edge[y : y + height, x : x + width]
-    return _as_pixels(total / steps)
+    for (down, right), share in shares.items():
+        total += np.float32(share) * edge[border + down :, border + right :][:height, :width]
+    return _as_pixels(total)
 
 
 def _gaussian_noise(rng: np.random.Generator, pixels: Pixels, strength: float) -> Pixels:

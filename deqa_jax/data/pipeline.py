@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
+from deqa_jax.data.augmentation import augmented
 from deqa_jax.data.metas import Item, MetaError, read_metas
 from deqa_jax.data.pairs import locate, partner
 from deqa_jax.files import first_of
@@ -33,6 +34,8 @@ class DataConfig:
       pairs: train on pairs of images of one dataset; else on single ones.
       system: conversation style, a key of `prompt.SYSTEM_SENTENCES`.
       max_length: token ids of a conversation beyond are cut off.
+      augment: show each image turned, mirrored and moved a little at random, another way every time; the published runs
+        did not. For models from nothing and for small datasets, which are else soon known by heart.
     """
 
     metas: tuple[str, ...] = ()
@@ -42,6 +45,7 @@ class DataConfig:
     pairs: bool = True
     system: str = "v1"
     max_length: int = 2048
+    augment: bool = False
 
 
 class Text(NamedTuple):
@@ -146,6 +150,10 @@ class TrainingData:
         if self._config.pairs:
             chosen.append(partner(item, sizes[dataset], seed=self._seed, position=position))
         sides = [self._side(dataset, one) for one in chosen]
+        if self._config.augment:
+            rng = np.random.default_rng([self._seed, position])
+            for side in sides:
+                side["images"] = augmented(rng, side["images"])
         arrays = {name: np.stack([side[name] for side in sides]) for name in sides[0]}
         arrays["is_score"] = np.asarray(is_score(self._sets[dataset].items[item]))
         return arrays

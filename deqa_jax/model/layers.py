@@ -135,6 +135,8 @@ def _attention_by_head(
     def heads_first(x: Float[Array, "B N H E"]) -> Float[Array, "BH N E"]:
         return jnp.swapaxes(x, 1, 2).reshape(batch * heads, -1, head_dim)
 
+    # Where gradients are taken, computing a head's weights again is faster than reading those of all heads back.
+    one_head = jax.checkpoint(one_head, prevent_cse=False)
     out = jax.lax.map(one_head, (heads_first(query), heads_first(key), heads_first(value)))
     return jnp.swapaxes(out.reshape(batch, heads, length, head_dim), 1, 2)
 

@@ -533,3 +533,22 @@ def test_sets_of_ones_own_can_be_trained_on(tokenizer):
     config = dataclasses.replace(DataConfig(), pairs=False)
     example = TrainingData([one], config, tokenizer, small()).example(0, 2)
     np.testing.assert_array_equal(example["images"][0], load_square(pictures[2], small()))
+
+
+# ---- augmentation -----------------------------------------------------------------------------------------
+
+
+def test_augmented_examples_are_a_function_of_their_position(make, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (28, 28, 3), np.uint8)
+    plain, data = make(ratings(0, 1, 2)), make(ratings(0, 1, 2), augment=True)
+    for entry in ratings(0, 1, 2):
+        Image.fromarray(pixels).save(tmp_path / entry["image"])
+    first, again, later = data.example(0, 1), data.example(0, 1), data.example(3, 1)
+    assert_same(first, again)
+    assert (first["images"][0] != later["images"][0]).any()
+    assert (first["images"][0] != first["images"][1]).any(), "each side in its own way"
+    for name in ("after", "labels", "level_probs", "gt_score"):
+        np.testing.assert_array_equal(first[name], plain.example(0, 1)[name])
+    for image in (*first["images"], *later["images"]):
+        np.testing.assert_array_equal(np.sort(image.reshape(-1)), np.sort(pixels.reshape(-1)))
+    np.testing.assert_array_equal(plain.example(0, 1)["images"], [pixels, pixels])

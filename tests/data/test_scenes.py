@@ -75,7 +75,7 @@ def test_scenes_are_exposed_and_have_contrast(scenes):
     for pixels in scenes:
         assert 30 < pixels.mean() < 225
         assert pixels.std() > 15
-        # The darkest and the brightest that a scene is exposed to, at most 0.2 and at least 0.65, after its tone curve.
+        # The darkest and the brightest of a scene's exposure, at most 0.12 and at least 0.75, after its tone curve.
         low, high = np.percentile(pixels, (1, 99.5))
         assert low < 90
         assert high > 140
