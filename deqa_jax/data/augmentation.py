@@ -16,6 +16,6 @@ def augmented(rng: np.random.Generator, square: UInt8[np.ndarray, "H H 3"]) -> U
     >>> sorted(augmented(np.random.default_rng(0), square).ravel()) == list(range(12))
     True
     """
-    turned = np.rot90(square, rng.integers(4))
+    turned = np.rot90(square, int(rng.integers(4)))
     mirrored = turned[:, ::-1] if rng.random() < 0.5 else turned
     return np.roll(mirrored, rng.integers(-_MOST_SHIFT, _MOST_SHIFT, 2, endpoint=True), (0, 1))
