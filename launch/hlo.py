@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 def count_flops(jaxpr: Any) -> int:
     """Floating-point operations of all matrix products in a jaxpr, bodies of scans as often as they run.
 
+    Where platforms do it differently, those of an accelerator: attention takes some products twice on CPU.
+
     >>> import jax, jax.numpy as jnp
     >>> def twice(x):
     ...     return jax.lax.scan(lambda x, _: (x @ x, None), x, None, length=2)[0]
@@ -27,8 +29,10 @@ def count_flops(jaxpr: Any) -> int:
         elif name == "scan":
             total += parameters["length"] * count_flops(parameters["jaxpr"].jaxpr)
         elif name == "cond":
-            # Of platforms to choose from, all do the same.
-            total += max(count_flops(branch.jaxpr) for branch in parameters["branches"])
+            branches = [count_flops(branch.jaxpr) for branch in parameters["branches"]]
+            # Of platforms to choose from, that which is not named: an accelerator.
+            platforms = parameters.get("branches_platforms") or ()
+            total += branches[platforms.index(None)] if None in platforms else max(branches)
         elif name == "while":
             if any(count_flops(parameters[part].jaxpr) for part in ("cond_jaxpr", "body_jaxpr")):
                 raise NotImplementedError("matrix products in a loop of unknown length")

@@ -67,6 +67,8 @@ ONE = 150
         (lambda x, w: jax.lax.switch(jnp.int32(1), [lambda: x, lambda: x @ w, lambda: x + 1]), ONE),
         (scanned(3, chosen), 6 * ONE),
         (lambda x, w: jax.lax.platform_dependent(x, w, cpu=product, default=product), ONE),
+        (lambda x, w: jax.lax.platform_dependent(x, w, cpu=scanned(3, product), default=product), ONE),
+        (lambda x, w: jax.lax.platform_dependent(x, w, cpu=product, default=scanned(3, product)), 3 * ONE),
         (with_jvp, ONE),
         (with_vjp, ONE),
     ],
