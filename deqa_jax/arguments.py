@@ -4,13 +4,17 @@ Nothing heavy is imported here, so that `deqa --help` answers at once.
 """
 
 import argparse
-import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from deqa_jax.option_values import column, mesh, names, number, seed, share, whole_number, whole_numbers
+
 USAGE_STATUS = 2
 """What bad usage exits with."""
+
+# Those of `config.PRESETS`, which would take JAX to load.
+_SIZES = ("test", "tiny", "small", "mid", "full")
+_MOST_IMAGES = 1 << 16
 
 
 class _Parser(argparse.ArgumentParser):
@@ -18,59 +22,6 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(USAGE_STATUS, f"{self.prog}: {message}\nTry `{self.prog} --help`.\n")
-
-
-# ---- kinds of values --------------------------------------------------------------------------------------
-
-
-def _whole_number(least: int, most: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not text.isdecimal() or not least <= int(text) <= most:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to {most}")
-        return int(text)
-
-    return parse
-
-
-_seed = _whole_number(0, (1 << 32) - 1)
-
-
-def _number(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
-    return number
-
-
-def _share(text: str) -> float:
-    if not 0 <= (number := _number(text)) <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
-    return number
-
-
-def _column(text: str) -> tuple[str, str]:
-    column, equals, name = text.partition("=")
-    if column not in ("image", "mos", "std", "split", "reference") or not equals or not name:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not image, mos, std, split or reference, an equals sign and the name in the file"
-        )
-    return column, name
-
-
-def _mesh(text: str) -> dict[str, int]:
-    axes = {}
-    for entry in text.split(","):
-        name, _, size = entry.strip().partition("=")
-        if name not in ("data", "fsdp", "tensor") or name in axes or not size.isdecimal() or int(size) < 1:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} does not give data, fsdp or tensor a size each, such as tensor=2 or fsdp=2,tensor=4"
-            )
-        axes[name] = int(size)
-    # Devices that are not spoken of hold copies of the model.
-    return {"data": -1, "fsdp": 1, "tensor": 1, **axes}
 
 
 # ---- options ----------------------------------------------------------------------------------------------
@@ -84,16 +35,11 @@ def _add_model(command: argparse.ArgumentParser, prompt: str, default: str = "")
     )
     command.add_argument(
         "--batch-size",
-        type=_whole_number(1, 1 << 16),
+        type=whole_number(1, _MOST_IMAGES),
         metavar="N",
         help="images at once, over all devices (default: 1 on CPU, 32 for each device elsewhere)",
     )
-    command.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16"),
-        default="auto",
-        help="of matrix products (default: auto, float32 on CPU and bfloat16 elsewhere)",
-    )
+    _add_dtype(command)
     command.add_argument(
         "--prompt",
         choices=("scorer", "eval"),
@@ -103,10 +49,19 @@ def _add_model(command: argparse.ArgumentParser, prompt: str, default: str = "")
     _add_mesh(command)
 
 
+def _add_dtype(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="of matrix products (default: auto, float32 on CPU and bfloat16 elsewhere)",
+    )
+
+
 def _add_mesh(command: argparse._ActionsContainer) -> None:
     command.add_argument(
         "--mesh",
-        type=_mesh,
+        type=mesh,
         metavar="AXIS=N,…",
         help="how devices share the model: fsdp, tensor (default: each has all of it, and scores its part of a batch)",
     )
@@ -164,12 +119,12 @@ def _evaluate(evaluate: argparse.ArgumentParser) -> None:
     )
     evaluate.add_argument(
         "--bootstrap",
-        type=_whole_number(0, 1_000_000),
+        type=whole_number(0, 1_000_000),
         default=1000,
         metavar="N",
         help="resamples behind the 95 %% intervals; 0 for none (default: 1000)",
     )
-    evaluate.add_argument("--seed", type=_seed, default=0, metavar="N", help="of the resamples (default: 0)")
+    evaluate.add_argument("--seed", type=seed, default=0, metavar="N", help="of the resamples (default: 0)")
     evaluate.add_argument(
         "--allow-missing", action="store_true", help="leave out images without a prediction, instead of failing"
     )
@@ -197,7 +152,7 @@ def _labels(labels: argparse.ArgumentParser) -> None:
     own.add_argument("--out", type=Path, metavar="DIR", help="folder for train.json and test.json")
     own.add_argument(
         "--column",
-        type=_column,
+        type=column,
         action="append",
         metavar="COLUMN=NAME",
         help="what a column is called in the file, for example mos=MOS; may be repeated",
@@ -206,7 +161,7 @@ def _labels(labels: argparse.ArgumentParser) -> None:
     own.add_argument(
         "--scale",
         nargs=2,
-        type=_number,
+        type=number,
         metavar=("LOW", "HIGH"),
         help="lowest and highest possible score (default: those that occur)",
     )
@@ -219,11 +174,11 @@ def _labels(labels: argparse.ArgumentParser) -> None:
     )
     own.add_argument(
         "--test-ratio",
-        type=_share,
+        type=share,
         metavar="R",
         help="without a split column: share of images to test on, all of one reference together (default: 0.2)",
     )
-    own.add_argument("--seed", type=_seed, metavar="N", help="of that split (default: 0)")
+    own.add_argument("--seed", type=seed, metavar="N", help="of that split (default: 0)")
 
 
 def _synth(synth: argparse.ArgumentParser) -> None:
@@ -233,7 +188,7 @@ def _synth(synth: argparse.ArgumentParser) -> None:
         ("--versions", 10, "pictures of each scene: one as it is, the others degraded"),
     ):
         synth.add_argument(
-            option, type=_whole_number(1, 1_000_000), default=default, metavar="N", help=f"{what} (default: {default})"
+            option, type=whole_number(1, 1_000_000), default=default, metavar="N", help=f"{what} (default: {default})"
         )
     synth.add_argument(
         "--families",
@@ -248,9 +203,9 @@ def _synth(synth: argparse.ArgumentParser) -> None:
         help="degrade the pictures in this folder (searched recursively; good ones) instead of drawing scenes",
     )
     synth.add_argument(
-        "--test-ratio", type=_share, default=0.2, metavar="R", help="share of scenes to test on (default: 0.2)"
+        "--test-ratio", type=share, default=0.2, metavar="R", help="share of scenes to test on (default: 0.2)"
     )
-    synth.add_argument("--seed", type=_seed, default=0, metavar="N", help="of everything (default: 0)")
+    synth.add_argument("--seed", type=seed, default=0, metavar="N", help="of everything (default: 0)")
 
 
 def _train(train: argparse.ArgumentParser) -> None:
@@ -276,7 +231,7 @@ def _plan(plan: argparse.ArgumentParser) -> None:
     )
     scoring = plan.add_argument_group("for scoring")
     scoring.add_argument(
-        "--batch-size", type=_whole_number(1, 1 << 16), metavar="N", help="images a device at once (default: 32)"
+        "--batch-size", type=whole_number(1, _MOST_IMAGES), metavar="N", help="images a device at once (default: 32)"
     )
     scoring.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="of parameters and products (default: bfloat16)"
@@ -284,6 +239,46 @@ def _plan(plan: argparse.ArgumentParser) -> None:
     _add_mesh(scoring)
     plan.usage = "deqa plan [-h] --topology T [--config_path F [--ENTRY VALUE ...]] [OPTION ...]"
     plan.description = f"{plan.description} With a configuration, any of its entries can be given too, as for training."
+
+
+def _bench(bench: argparse.ArgumentParser) -> None:
+    what = bench.add_mutually_exclusive_group()
+    what.add_argument(
+        "--size",
+        type=names(_SIZES),
+        action="extend",
+        metavar="NAMES",
+        help=f"sizes of `deqa init`, with random weights: {', '.join(_SIZES)} (default: small)",
+    )
+    what.add_argument("--model", metavar="M", help="converted folder, published folder, or hub id, in their place")
+    bench.add_argument(
+        "--batch-size",
+        type=whole_numbers(1, _MOST_IMAGES),
+        action="extend",
+        metavar="N,…",
+        help="images at once, over all devices; a table each (default: 1 on CPU, 32 for each device elsewhere)",
+    )
+    _add_dtype(bench)
+    _add_mesh(bench)
+    bench.add_argument(
+        "--repeats",
+        type=whole_number(1, 10_000),
+        default=7,
+        metavar="N",
+        help="runs that each median is of (default: 7)",
+    )
+    bench.add_argument(
+        "--images",
+        type=whole_number(1, 1_000_000),
+        metavar="N",
+        help="JPEG files to score from end to end, best a multiple of the batch (default: 64, or four batches if more)",
+    )
+    bench.add_argument("--json", action="store_true", help="print one JSON object at the end, not tables")
+    bench.description = (
+        f"{bench.description} Stages are programs of their own, so their times need not sum up to that of the whole. "
+        "Sizes and commas can be repeated: options add up. What does not fit the memory is said in its place, and the "
+        "rest is measured all the same."
+    )
 
 
 def _prepare(prepare: argparse.ArgumentParser) -> None:
@@ -314,11 +309,11 @@ def _init(init: argparse.ArgumentParser) -> None:
     init.add_argument("out", type=Path, metavar="OUT", help="folder to make; must not exist")
     init.add_argument(
         "--size",
-        choices=("test", "tiny", "small", "mid", "full"),
+        choices=_SIZES,
         default="test",
         help="1.2 M (tiny) to 8.2 B parameters (default: test)",
     )
-    init.add_argument("--seed", type=_seed, default=0, metavar="N", help="of the weights (default: 0)")
+    init.add_argument("--seed", type=seed, default=0, metavar="N", help="of the weights (default: 0)")
     _add_stored_dtype(init, "float32")
 
 
@@ -371,6 +366,12 @@ _COMMANDS = (
         "compile a training run, or scoring, for TPUs that are not there: memory, speed at most (extra `plan`)",
         "deqa plan --config_path configs/mix3_full.yaml --topology v5p:2x2x1",
         _plan,
+    ),
+    (
+        "bench",
+        "measure scoring on this machine: images/s from files and by stage, FLOP/s, memory, time to compile",
+        "deqa bench --size small,mid --batch-size 1,4",
+        _bench,
     ),
     (
         "prepare",

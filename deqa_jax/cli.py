@@ -16,8 +16,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from deqa_jax.arguments import USAGE_STATUS, parser
+from deqa_jax.cli_measuring import bench, evaluate, plan
 from deqa_jax.failures import FAILED as _FAILED
 from deqa_jax.failures import explain
+from deqa_jax.failures import fail as _fail
 
 if TYPE_CHECKING:
     from deqa_jax.scorer import Scorer
@@ -57,11 +59,12 @@ def _run(options: argparse.Namespace) -> int:
         status = {
             "score": _score,
             "infer": _infer,
-            "evaluate": _evaluate,
+            "evaluate": evaluate,
             "labels": _labels,
             "synth": _synth,
             "train": _train,
-            "plan": _plan,
+            "plan": plan,
+            "bench": bench,
             "prepare": _prepare,
             "convert": _convert,
             "export": _export,
@@ -101,11 +104,6 @@ def _join() -> None:
     distributed.join()
     if not distributed.is_first():
         logging.getLogger("deqa_jax").setLevel(logging.WARNING)
-
-
-def _fail(message: str, status: int) -> int:
-    print(f"deqa: {message}", file=sys.stderr)
-    return status
 
 
 def _score(options: argparse.Namespace) -> int:
@@ -200,48 +198,6 @@ def _infer(options: argparse.Namespace) -> int:
     return 0
 
 
-def _evaluate(options: argparse.Namespace) -> int:
-    if len(options.pred) != len(options.gt):
-        return _fail(f"{len(options.pred)} prediction files and {len(options.gt)} metas: give one each", USAGE_STATUS)
-    if options.root is not None and options.report is None:
-        return _fail("--root is for pictures in the report; give --report DIR too", USAGE_STATUS)
-    from deqa_jax.data.metas import MetaError
-    from deqa_jax.evaluate import EvaluationError, as_json, as_table, evaluate, read_predictions
-    from deqa_jax.files import refuse_existing, write_text
-
-    page = None if options.report is None else options.report / "index.html"
-    if page is not None:
-        try:
-            from deqa_jax.report import report_page
-        except ModuleNotFoundError as error:
-            return _fail(f"{error}; reports need an extra: pip install 'deqa-jax[plots]'", _FAILED)
-        if options.report.exists() and not options.report.is_dir():
-            raise NotADirectoryError(f"{options.report} is no folder")
-        refuse_existing(page)
-    try:
-        evaluations = [
-            evaluate(
-                read_predictions(pred, gt, open_set=options.open_set, allow_missing=options.allow_missing),
-                fit=options.fit,
-                resamples=options.bootstrap,
-                seed=options.seed,
-            )
-            for pred, gt in zip(options.pred, options.gt, strict=True)
-        ]
-    except (EvaluationError, MetaError) as error:
-        return _fail(str(error), _FAILED)
-    settings = {name: getattr(options, name) for name in ("open_set", "fit", "bootstrap", "seed")}
-    if options.format == "json":
-        print(as_json(evaluations, settings))
-    else:
-        print(as_table(evaluations, options.format))
-    if page is not None:
-        notes = [f"{name}: {value}" for name, value in settings.items()]
-        write_text(page, report_page(evaluations, notes=notes, root=options.root))
-        print(page, file=sys.stderr)
-    return 0
-
-
 def _labels(options: argparse.Namespace) -> int:
     def given(*names: str) -> dict[str, Any]:
         values = {name: getattr(options, name) for name in names}
@@ -310,42 +266,6 @@ def _train(options: argparse.Namespace) -> int:
     if is_first():
         print(f"best checkpoint: {best}", file=sys.stderr)
         print(best)
-    return 0
-
-
-def _plan(options: argparse.Namespace) -> int:
-    if options.config_path and options.batch_size is not None:
-        return _fail("--batch-size is for scoring; a configuration has --batch_size_per_device", USAGE_STATUS)
-    if options.config_path and options.mesh is not None:
-        return _fail("--mesh is for scoring; a configuration has --mesh.data, --mesh.fsdp, --mesh.tensor", USAGE_STATUS)
-    import importlib.util
-
-    if importlib.util.find_spec("libtpu") is None:
-        return _fail(
-            "no compiler for TPUs is installed; planning needs an extra: pip install 'deqa-jax[plan]'", _FAILED
-        )
-    try:
-        from deqa_jax.launch.aot import PlanError, plan_scoring, plan_training
-        from deqa_jax.train.settings import read_config
-    except ModuleNotFoundError as error:
-        return _fail(f"{error}; planning needs an extra: pip install 'deqa-jax[plan]'", _FAILED)
-    from deqa_jax.config import ConfigError, MeshConfig
-
-    wanted = {"search": options.search, "largest": options.largest_batch}
-    try:
-        if options.config_path:
-            named = [("--model", options.model), ("--dtype", options.dtype)]
-            overrides = [*options.overrides, *(word for pair in named if pair[1] for word in pair)]
-            print(plan_training(read_config(options.config_path, overrides), options.topology, **wanted))
-        else:
-            given = {"batch_size": options.batch_size, "dtype": options.dtype}
-            settings = {name: value for name, value in given.items() if value is not None}
-            mesh = MeshConfig(**(options.mesh or {"data": -1, "fsdp": 1}))
-            print(plan_scoring(options.model or "full", options.topology, mesh=mesh, **settings, **wanted))
-    except PlanError as error:
-        return _fail(str(error), _FAILED)
-    except ConfigError as error:
-        return _fail(str(error), USAGE_STATUS)
     return 0
 
 

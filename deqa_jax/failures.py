@@ -7,6 +7,12 @@ from deqa_jax.arguments import USAGE_STATUS
 FAILED, INTERRUPTED = 1, 130
 
 
+def fail(message: str, status: int) -> int:
+    """Says what went wrong; returns the status to exit with."""
+    print(f"deqa: {message}", file=sys.stderr)
+    return status
+
+
 def explain(error: BaseException) -> tuple[str, int] | None:
     """A message and an exit status for what can happen to any command; None for what should never happen."""
     match error:

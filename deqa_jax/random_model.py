@@ -1,8 +1,11 @@
 """`deqa init`: a model of random weights, to try everything without a download. Its scores mean nothing."""
 
+import functools
 import io
 import json
 import logging
+import zlib
+from collections.abc import Collection
 from pathlib import Path
 
 import jax
@@ -12,15 +15,22 @@ import sentencepiece
 from flax import nnx
 from jaxtyping import Float
 
-from deqa_jax.checkpoint import PREPROCESSOR_FILE, TOKENIZER_FILE, InMemory, write_checkpoint
-from deqa_jax.config import PRESETS, Execution, VisionConfig
+from deqa_jax.checkpoint import (
+    PREPROCESSOR_FILE,
+    TOKENIZER_FILE,
+    Checkpoint,
+    InMemory,
+    Shardings,
+    write_checkpoint,
+)
+from deqa_jax.compilation import use_compilation_cache
+from deqa_jax.config import PRESETS, DeqaConfig, Execution, VisionConfig
 from deqa_jax.files import new_folder, refuse_existing
 from deqa_jax.labels import ANSWER, QUESTIONS
 from deqa_jax.model.deqa import Deqa
 from deqa_jax.model.layers import EMBEDDING_STD
-from deqa_jax.parameters import ParamPath, flatten
+from deqa_jax.parameters import Leaves, ParamPath, flatten, parameter_shapes
 from deqa_jax.prompt import LEVELS, PROMPTS, SYSTEM_SENTENCES
-from deqa_jax.scorer import use_compilation_cache
 
 PATCH_FILTERS = ("vision", "patch_embedding", "kernel")
 EMBEDDING = ("language", "embedding")
@@ -124,11 +134,61 @@ def _pink_patches(rng: np.random.Generator, side: int, across: int = 16) -> Floa
     return field.reshape(across, side, across, side, 3).swapaxes(1, 2).reshape(across**2, -1)
 
 
-def random_side_files() -> dict[str, bytes]:
+class RandomCheckpoint(Checkpoint):
+    """A checkpoint of random weights that are made where they are to lie, when they are read; for measurements.
+
+    All blocks of a stack have the same values, each in memory of its own: no timing tells, and a model of any size is
+    there in seconds.
+    """
+
+    @classmethod
+    def make(cls, config: DeqaConfig, folder: Path) -> "RandomCheckpoint":
+        """A model's checkpoint, whose side files alone are written to an empty folder."""
+        for name, content in random_side_files(config.vision.image_size).items():
+            (folder / name).write_bytes(content)
+        return cls(folder, config, None, {"source": "random weights, scores mean nothing"})
+
+    @functools.cached_property
+    def own(self) -> dict[ParamPath, jax.ShapeDtypeStruct]:
+        """Shape and dtype of every parameter."""
+        return {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in parameter_shapes(self.config).items()}
+
+    def restore(
+        self,
+        dtype: str | None = None,
+        *,
+        shardings: Shardings | None = None,
+        only: Collection[ParamPath] | None = None,
+    ) -> Leaves:
+        """Makes parameters, the same each time; arguments as in `Checkpoint.restore`."""
+        leaves: Leaves = {}
+        for path in self.own if only is None else only:
+            shape = self.own[path].shape
+            block = _random_block(path, shape[1:] if "layers" in path else shape).astype(dtype or np.float32)
+            if shardings is None:
+                leaves[path] = np.broadcast_to(block, shape).copy()
+            else:
+                repeat = jax.jit(functools.partial(jnp.broadcast_to, shape=shape), out_shardings=shardings[path])
+                # Arrays of one block broadcast to any number of others.
+                leaves[path] = repeat(block.reshape((1,) * (len(shape) - block.ndim) + block.shape))
+        return leaves
+
+
+def _random_block(path: ParamPath, shape: tuple[int, ...]) -> Float[np.ndarray, "..."]:
+    """Norms that change nothing, no biases, and matrices that keep the size of what goes through them."""
+    if path[-1] in ("scale", "bias"):
+        return np.full(shape, path[-1] == "scale", np.float32)
+    deviation = shape[-2] ** -0.5 if path[-1] == "kernel" else EMBEDDING_STD
+    uniform = np.random.default_rng(zlib.crc32("/".join(path).encode())).random(shape, np.float32)
+    return (uniform - np.float32(0.5)) * np.float32(12**0.5 * deviation)
+
+
+def random_side_files(image_size: int = 448) -> dict[str, bytes]:
     """The tokenizer and preprocessor files of such a model."""
+    preprocessor = _PREPROCESSOR | {"crop_size": image_size, "size": image_size}
     return {
         TOKENIZER_FILE: _train_vocabulary(),
-        PREPROCESSOR_FILE: (json.dumps(_PREPROCESSOR, indent=2) + "\n").encode(),
+        PREPROCESSOR_FILE: (json.dumps(preprocessor, indent=2) + "\n").encode(),
     }
 
 

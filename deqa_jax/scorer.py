@@ -5,7 +5,6 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -13,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
-from jax.stages import Wrapped
+from jax.stages import Lowered, Wrapped
 from jaxtyping import Array, Float, UInt8
 
 from deqa_jax import builtin_model
 from deqa_jax.checkpoint import Checkpoint
+from deqa_jax.compilation import scoring_jit, use_compilation_cache
 from deqa_jax.config import ConfigError, DeqaConfig, Execution, MeshConfig
 from deqa_jax.model.deqa import Deqa
 from deqa_jax.parameters import abstract_model, parameter_shapes, unflatten
@@ -77,7 +77,9 @@ class Scorer:
     The same image gets the same bits alone, in any place of a batch and beside any other images.
 
     Attributes:
-      batch_size: images that go through the model at once; a short batch is padded.
+      batch_size: images that go through the model at once; a short batch is padded. May be set, to what `check_batch`
+        passes.
+      batch_sharding: how a batch lies on the devices.
       dtype: of parameters and matrix products.
       prompt: `scorer` or `eval`.
       identity: of the checkpoint; see `Checkpoint.identity`.
@@ -113,27 +115,21 @@ class Scorer:
             few or too small.
           CheckpointError: the checkpoint is damaged.
         """
-        devices = jax.local_devices()
-        platform = devices[0].platform
+        platform = jax.local_devices()[0].platform
         if dtype not in DTYPES:
             raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
         if prompt not in PROMPTS:
             raise ConfigError(f"prompt {prompt!r} is not one of {', '.join(PROMPTS)}")
         if batch_size is not None and batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, not {batch_size}")
-        if dtype == "auto":
-            dtype = "float32" if platform == "cpu" else "bfloat16"
-        self.dtype = dtype
+        self.dtype = dtype = scoring_dtype(dtype, platform)
         self.prompt = prompt
         self.identity = checkpoint.identity
-        if mesh is None:
-            self._mesh = make_mesh(MeshConfig(data=-1, fsdp=1), devices[:1] if platform == "cpu" else devices)
-        else:
-            self._mesh = make_mesh(mesh, devices)
+        self._mesh = scoring_mesh(mesh)
         shards = batch_shards(self._mesh)
         self.batch_size = batch_size or shards * _BATCH_SIZES.get(platform, _ACCELERATOR_BATCH_SIZE)
         check_batch("batch size", self.batch_size, self._mesh)
-        self._batch_sharding = NamedSharding(self._mesh, BATCH)
+        self.batch_sharding = NamedSharding(self._mesh, BATCH)
         self._preprocess = checkpoint.preprocess()
         ids, level_ids = check_fit(checkpoint, self._preprocess, prompt)
 
@@ -146,10 +142,11 @@ class Scorer:
         model = scoring_model(checkpoint.config, dtype, self._mesh)
         if platform == "cpu" and self._mesh.size == 1:
             model = model.unrolled()
-            self._params = unflatten(_restore_unstacked(checkpoint, dtype, devices[0]))
+            self._params = unflatten(_restore_unstacked(checkpoint, dtype, self._mesh.devices.item()))
         else:
             self._params = unflatten(checkpoint.restore(dtype, shardings=shardings))
-        prefill, self._run = programs(nnx.graphdef(model), ids, level_ids, self._preprocess, dtype, platform)
+        self._graphdef = nnx.graphdef(model)
+        prefill, self._run = programs(self._graphdef, ids, level_ids, self._preprocess, dtype, platform)
         self._cache = prefill(self._params)
 
     @classmethod
@@ -234,8 +231,17 @@ class Scorer:
         """
         if self._mesh.size > 1:
             check_batch("batch size", pixels.shape[0], self._mesh)
-            pixels = jax.device_put(pixels, self._batch_sharding)
+            pixels = jax.device_put(pixels, self.batch_sharding)
         return self._run(self._params, self._cache, pixels, open_set=open_set)
+
+    def lower(self, pixels: UInt8[Array, "B H W 3"]) -> Lowered:
+        """What `predict_pixels` compiles for such a batch, which lies as `batch_sharding` says."""
+        return self._run.lower(self._params, self._cache, pixels, open_set=False)
+
+    @property
+    def model(self) -> Deqa:
+        """The network, with its parameters as they lie on the devices."""
+        return nnx.merge(self._graphdef, self._params)
 
     # ---- batches ------------------------------------------------------------------------------------------
 
@@ -252,7 +258,7 @@ class Scorer:
                 return lambda: None
             batch = np.zeros((self.batch_size, *squares[0].shape), np.uint8)
             batch[: len(squares)] = squares
-            running = self.predict_pixels(jax.device_put(batch, self._batch_sharding), open_set=open_set)
+            running = self.predict_pixels(jax.device_put(batch, self.batch_sharding), open_set=open_set)
             running = running if hidden else running._replace(hidden=None)
             return lambda: jax.tree.map(lambda x: np.asarray(x)[: len(squares)], running)
 
@@ -318,6 +324,19 @@ def check_fit(checkpoint: Checkpoint, preprocess: PreprocessConfig, prompt: str)
     return ids, level_ids
 
 
+def scoring_dtype(dtype: str, platform: str) -> str:
+    """Fills in `auto`: float32 on CPU, bfloat16 elsewhere."""
+    return dtype if dtype != "auto" else "float32" if platform == "cpu" else "bfloat16"
+
+
+def scoring_mesh(mesh: MeshConfig | None) -> Mesh:
+    """This process's devices, without `mesh` each by itself. Raises what `make_mesh` does."""
+    devices = jax.local_devices()
+    if mesh is not None:
+        return make_mesh(mesh, devices)
+    return make_mesh(MeshConfig(data=-1, fsdp=1), devices[:1] if devices[0].platform == "cpu" else devices)
+
+
 def scoring_model(config: DeqaConfig, dtype: str, mesh: Mesh) -> Deqa:
     """The model with shapes in place of arrays, stored and run in `dtype`, for a batch on a mesh."""
     activations = NamedSharding(mesh, BATCH) if mesh.size > 1 else None
@@ -333,35 +352,23 @@ def programs(
     platform: str,
 ) -> tuple[Wrapped, Wrapped]:
     """The two compiled functions: `prefill(params)` and `run(params, cache, pixels, open_set=…)`."""
-    # Accelerators would multiply float32 matrices in fewer bits without being told.
-    precision = "highest" if dtype == "float32" else None
 
     def prefill(params: Any) -> Any:
-        with jax.default_matmul_precision(precision):
-            return nnx.merge(graphdef, params).prefill(jnp.asarray(ids.before))
+        return nnx.merge(graphdef, params).prefill(jnp.asarray(ids.before))
 
     def run(params: Any, cache: Any, pixels: UInt8[Array, "B H W 3"], *, open_set: bool) -> Prediction:
-        with jax.default_matmul_precision(precision):
-            model = nnx.merge(graphdef, params)
-            hidden = model.last_hidden(normalize(pixels, preprocess).astype(dtype), cache, jnp.asarray(ids.after))
-            if not open_set:
-                prediction = readout(model.language.logits(hidden, level_ids))
-            else:
-                everything = model.language.logits(hidden)
-                prediction = readout(everything[:, jnp.asarray(level_ids)])
-                total = jax.nn.logsumexp(everything, axis=-1, keepdims=True)
-                prediction = prediction._replace(open_probs=jnp.exp(prediction.logits - total))
+        model = nnx.merge(graphdef, params)
+        hidden = model.last_hidden(normalize(pixels, preprocess).astype(dtype), cache, jnp.asarray(ids.after))
+        if not open_set:
+            prediction = readout(model.language.logits(hidden, level_ids))
+        else:
+            everything = model.language.logits(hidden)
+            prediction = readout(everything[:, jnp.asarray(level_ids)])
+            total = jax.nn.logsumexp(everything, axis=-1, keepdims=True)
+            prediction = prediction._replace(open_probs=jnp.exp(prediction.logits - total))
         return prediction._replace(hidden=hidden.astype(jnp.float32))
 
-    options = None
-    if platform == "cpu" and dtype == "bfloat16":
-        # There, products in bfloat16 are of weights cast to float32. In its usual order the compiler casts those of all
-        # blocks before it needs them: 29 GiB at full size, against less than one in this order.
-        options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
-    return (
-        jax.jit(prefill, compiler_options=options),
-        jax.jit(run, static_argnames="open_set", compiler_options=options),
-    )
+    return scoring_jit(prefill, dtype, platform), scoring_jit(run, dtype, platform, static_argnames="open_set")
 
 
 def readout(logits: Float[Array, "B 5"]) -> Prediction:
@@ -395,11 +402,3 @@ def _restore_unstacked(
         # Before the next one is read: the name alone would keep it.
         del leaf
     return moved
-
-
-def use_compilation_cache() -> None:
-    """Keeps compiled programs in the user's cache folder, unless JAX has been told of another place."""
-    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]  # set at run time
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(root / "deqa-jax" / "xla"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -27,7 +27,7 @@ from deqa_jax.scorer import Scorer
 
 COMMANDS = (
     *("score", "infer", "evaluate", "labels", "synth", "train"),
-    *("plan", "prepare", "convert", "export", "info", "init"),
+    *("plan", "bench", "prepare", "convert", "export", "info", "init"),
 )
 UNREADABLE = {"empty.png", "not_an_image.jpg", "truncated.jpg"}
 
@@ -117,6 +117,14 @@ def test_the_version_is_that_of_the_distribution(deqa):
         (["synth", "D", "--versions", "few"], "'few' is not a whole number from 1"),
         (["synth", "D", "--test-ratio", "20"], "'20' is not a number from 0 to 1"),
         (["synth", "D", "--seed", "-1"], "'-1' is not a whole number from 0"),
+        (["bench", "--size", "small,huge"], "'huge' is not one of test, tiny, small, mid, full"),
+        (["bench", "--size", "small", "--model", "M"], "not allowed with"),
+        (["bench", "--batch-size", "1,0"], "'0' is not a whole number from 1"),
+        (["bench", "--batch-size", "4,"], "'' is not a whole number from 1"),
+        (["bench", "--dtype", "float16"], "'float16'"),
+        (["bench", "--repeats", "0"], "'0' is not a whole number from 1"),
+        (["bench", "--images", "none"], "'none' is not a whole number from 1"),
+        (["bench", "--mesh", "tensor=0"], "'tensor=0' does not give"),
         (["prepare", "--dataset", "koniq", "--root", "D"], "--out"),
     ],
     ids=" ".join,
@@ -147,6 +155,8 @@ def test_bad_usage_exits_with_2_and_says_where_help_is(arguments, complaint, deq
         (["synth", "D", "--from", "absent"], "absent: no such folder"),
         (["synth", "D", "--from", "."], ".: no readable pictures in this folder"),
         (["synth", "."], "give it a name"),
+        (["bench", "--mesh", "data=3"], "mesh data 3, fsdp 1, tensor 1 does not fit 8 devices"),
+        (["bench", "--mesh", "data=2,tensor=4", "--batch-size", "4,3"], "batch size 3 does not divide"),
         (["prepare", "--dataset", "ava", "--root", "D", "--out", "R"], "no dataset 'ava'; there are koniq, spaq"),
     ],
     ids=" ".join,

@@ -4,14 +4,18 @@ import json
 
 import numpy as np
 import pytest
+from small_runs import TINY
 
 from deqa_jax import random_model
 from deqa_jax.checkpoint import Checkpoint
-from deqa_jax.config import PRESETS
+from deqa_jax.compilation import use_compilation_cache
+from deqa_jax.config import PRESETS, MeshConfig
+from deqa_jax.parameters import parameter_shapes
 from deqa_jax.preprocess import PreprocessConfig
 from deqa_jax.prompt import IMAGE_ID, LEVELS, PROMPTS, Tokenizer
-from deqa_jax.random_model import init, random_side_files
-from deqa_jax.scorer import Scorer, use_compilation_cache
+from deqa_jax.random_model import RandomCheckpoint, init, random_side_files
+from deqa_jax.scorer import Scorer
+from deqa_jax.sharding import make_mesh, parameter_shardings
 
 
 @pytest.fixture(scope="module")
@@ -136,3 +140,45 @@ def test_they_are_in_the_checkpoint(model):
     assert stored[random_model.EMBEDDING].std() == pytest.approx(1, abs=0.05)
     config = PRESETS["test"].abstractor
     assert stored[random_model.ABSTRACTOR_QUERY].std() == pytest.approx(3 * config.hidden_size**-0.5, rel=0.1)
+
+
+# ---- weights that are made when they are read -------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def unwritten(tmp_path_factory):
+    return RandomCheckpoint.make(TINY, tmp_path_factory.mktemp("unwritten"))
+
+
+def test_an_unwritten_checkpoint_has_every_parameter(unwritten):
+    leaves = unwritten.restore("bfloat16")
+    assert {path: leaf.shape for path, leaf in leaves.items()} == parameter_shapes(TINY)
+    assert {str(leaf.dtype) for leaf in leaves.values()} == {"bfloat16"}
+    for path, leaf in leaves.items():
+        if path[-1] in ("scale", "bias"):
+            assert (leaf == (path[-1] == "scale")).all()
+        else:
+            assert 0 < np.std(leaf.astype(np.float32)) < 1
+    assert same(unwritten.restore(only=leaves), unwritten.restore())
+
+
+def test_blocks_of_an_unwritten_checkpoint_lie_apart(unwritten):
+    """Weights that are read once do not come from a cache that another block has filled."""
+    path = ("language", "layers", "gate", "kernel")
+    kernel = unwritten.restore(only=[path])[path]
+    assert kernel.flags.c_contiguous
+    assert kernel.flags.owndata
+
+
+def test_an_unwritten_checkpoint_is_split_over_devices(unwritten):
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    paths = [("language", "layers", "gate", "kernel"), ("language", "final_norm", "scale")]
+    shardings = parameter_shardings(parameter_shapes(TINY), mesh)
+    whole, split = unwritten.restore(only=paths), unwritten.restore(shardings=shardings, only=paths)
+    assert same(whole, split)
+    assert all(split[path].sharding == shardings[path] for path in paths)
+
+
+def test_an_unwritten_checkpoint_belongs_to_its_image_size(unwritten):
+    assert unwritten.preprocess().size == TINY.vision.image_size
+    assert sorted(path.name for path in unwritten.folder.iterdir()) == sorted(random_side_files())

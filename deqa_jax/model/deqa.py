@@ -109,8 +109,13 @@ class Deqa(nnx.Module):
 
         The same as `self(images, before, after).last_hidden_state[:, -1]` without what the score does not need.
         """
-        visual_tokens = self.abstractor(self.vision(images))
+        return self.last_of_tokens(self.abstractor(self.vision(images)), cache, after)
+
+    def last_of_tokens(
+        self, visual_tokens: Float[Array, "B V D"], cache: KeyValue, after: Int[Array, "A"]
+    ) -> Float[Array, "B D"]:
+        """The part of `last_hidden` that is behind the abstractor."""
         text = self.language.embed(after[None])
-        text = jnp.broadcast_to(text, (images.shape[0], *text.shape[1:]))
+        text = jnp.broadcast_to(text, (visual_tokens.shape[0], *text.shape[1:]))
         x = jnp.concatenate([visual_tokens, text], axis=1)
         return self.language.last_token(x, Layout(0, visual_tokens.shape[1], after.shape[0]), cache)

@@ -25,12 +25,13 @@ import numpy as np
 from tqdm import tqdm
 
 from deqa_jax.checkpoint import Checkpoint
+from deqa_jax.compilation import use_compilation_cache
 from deqa_jax.config import ConfigError
 from deqa_jax.data.pipeline import TrainingData, open_sets
 from deqa_jax.distributed import check_shared, first_goes_first, is_first
 from deqa_jax.files import write_text
 from deqa_jax.parameters import Leaves, ParamPath
-from deqa_jax.scorer import check_fit, use_compilation_cache
+from deqa_jax.scorer import check_fit
 from deqa_jax.sharding import batch_shards, check_memory, feed, make_mesh
 from deqa_jax.train.evaluation import Evaluator, open_held_out
 from deqa_jax.train.log import Log

@@ -10,11 +10,12 @@ from small_runs import rating, write_metas, write_tiny
 
 from deqa_jax import metrics
 from deqa_jax.checkpoint import Checkpoint
+from deqa_jax.compilation import use_compilation_cache
 from deqa_jax.config import Execution, MeshConfig
 from deqa_jax.data.metas import MetaError
 from deqa_jax.data.soft_labels import soft_labels
 from deqa_jax.parameters import abstract_model, parameter_shapes
-from deqa_jax.scorer import Scorer, use_compilation_cache
+from deqa_jax.scorer import Scorer
 from deqa_jax.sharding import make_mesh, parameter_shardings
 from deqa_jax.train.evaluation import Evaluator, open_held_out
 

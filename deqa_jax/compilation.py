@@ -1,0 +1,50 @@
+"""How programs are compiled: what scoring asks of the compiler, and where compiled programs are kept."""
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+from jax.stages import Wrapped
+
+
+def scoring_jit(function: Callable[..., Any], dtype: str, platform: str, **options: Any) -> Wrapped:
+    """`jax.jit` with what scoring in `dtype` needs of the compiler; `options` are those of `jax.jit`."""
+
+    @functools.wraps(function)
+    def exact(*arguments: Any, **named: Any) -> Any:
+        # Accelerators would multiply float32 matrices in fewer bits without being told.
+        with jax.default_matmul_precision("highest" if dtype == "float32" else None):
+            return function(*arguments, **named)
+
+    if platform == "cpu" and dtype == "bfloat16":
+        # There, products in bfloat16 are of weights cast to float32. In its usual order the compiler casts those of all
+        # blocks before it needs them: 29 GiB at full size, against less than one in this order.
+        options["compiler_options"] = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+    return jax.jit(exact, **options)
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs in the user's cache folder, unless JAX has been told of another place."""
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]  # set at run time
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(root / "deqa-jax" / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+@contextlib.contextmanager
+def without_compilation_cache() -> Iterator[None]:
+    """What is compiled inside is neither taken from the folder of compiled programs nor put there."""
+    before = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]  # set at run time
+    jax.config.update("jax_enable_compilation_cache", False)
+    # JAX asks only once whether there is a cache.
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()

@@ -1,0 +1,35 @@
+"""Where compiled programs are kept, and what scoring asks of the compiler."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from deqa_jax.compilation import scoring_jit, use_compilation_cache, without_compilation_cache
+
+
+def test_compiled_programs_are_kept_except_where_they_are_not_to_be(tmp_path):
+    use_compilation_cache()  # the least time to compile of what is kept
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    try:
+        with without_compilation_cache():
+            jax.jit(lambda x: 3 * x + 41).lower(1.0).compile()
+        assert not list(tmp_path.iterdir())
+        jax.jit(lambda x: 3 * x + 42).lower(1.0).compile()
+        assert list(tmp_path.iterdir())
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        compilation_cache.reset_cache()
+
+
+@pytest.mark.parametrize(("dtype", "exact"), [("float32", True), ("bfloat16", False)])
+def test_products_in_float32_are_asked_to_be_exact(dtype, exact):
+    x = jnp.ones((2, 2), dtype)
+    traced = scoring_jit(jnp.matmul, dtype, "cpu").trace(x, x)
+    assert ("Precision.HIGHEST" in str(traced.jaxpr)) == exact
+
+
+def test_options_reach_the_compiler():
+    function = scoring_jit(lambda x, *, twice: 2 * x if twice else x, "bfloat16", "cpu", static_argnames="twice")
+    assert function(jnp.float32(3), twice=True) == 6
