@@ -169,7 +169,7 @@ class Execution:
     dtype: str = "float32"
     param_dtype: str = "float32"
     remat: str = "none"
-    activations: "jax.sharding.Sharding | None" = None
+    activations: "jax.sharding.NamedSharding | None" = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

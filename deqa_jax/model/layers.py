@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from deqa_jax.config import Execution
+from deqa_jax.model.tpu_attention import suits, tpu_attention
 
 # Embeddings of a random model are drawn with this deviation (LLaMA's and CLIP's own).
 EMBEDDING_STD = 0.02
@@ -82,17 +83,20 @@ def attention(
     mask: Bool[Array, "T S"] | None = None,
     *,
     chunks: int = 1,
+    placed: jax.sharding.NamedSharding | None = None,
 ) -> Float[Array, "B T H E"]:
     """Softmax attention scaled by 1/√head_dim, logits and softmax in float32; `mask` is True where a query may look.
 
     Without a mask (the vision tower's 1025 tokens), heads are taken one after the other on CPU: a head's logits
-    then stay in the cache, which is five times as fast as all heads at once. Elsewhere queries are taken in `chunks`
-    parts, whose logits are computed again in the backward pass, so that only one part's are ever there.
+    then stay in the cache, which is five times as fast as all heads at once. On TPU, a kernel keeps them on the chip
+    (`placed` is how `[B, T, D]` is split). Queries in `chunks` parts, whose logits are computed again in the backward
+    pass so that only one part's are ever there, are for gradients: the kernel's take three times the memory.
     """
     if mask is not None:
         return _attention_at_once(query, key, value, mask)
     elsewhere = functools.partial(_attention_in_chunks, chunks=chunks) if chunks > 1 else _attention_at_once
-    return jax.lax.platform_dependent(query, key, value, cpu=_attention_by_head, default=elsewhere)
+    tpu = functools.partial(tpu_attention, placed=placed) if chunks == 1 and suits(query, key) else elsewhere
+    return jax.lax.platform_dependent(query, key, value, cpu=_attention_by_head, tpu=tpu, default=elsewhere)
 
 
 def _attention_at_once(

@@ -22,6 +22,7 @@ class VisionBlock(nnx.Module):
     def __init__(self, config: VisionConfig, *, execution: Execution, rngs: nnx.Rngs):
         width = config.hidden_size
         self.num_heads = config.num_heads
+        self.placed = execution.activations
         # At the published size and batch, logits of all queries at once would take 2 GiB, several times over.
         self.attention_chunks = 1 if execution.remat == "none" else _ATTENTION_CHUNKS
         self.input_norm = LayerNorm(width, epsilon=config.layer_norm_eps, execution=execution)
@@ -35,7 +36,9 @@ class VisionBlock(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         batch, length, width = x.shape
         fused = self.query_key_value(self.input_norm(x)).reshape(batch, length, self.num_heads, 3, -1)
-        context = attention(fused[..., 0, :], fused[..., 1, :], fused[..., 2, :], chunks=self.attention_chunks)
+        context = attention(
+            fused[..., 0, :], fused[..., 1, :], fused[..., 2, :], chunks=self.attention_chunks, placed=self.placed
+        )
         x = x + self.out(context.reshape(batch, length, width)).astype(jnp.float32)
         return x + self.down(quick_gelu(self.up(self.post_attention_norm(x)))).astype(jnp.float32)
 

@@ -1,19 +1,25 @@
 """`deqa plan`: programs are compiled for TPUs that are not there, and the numbers are those of the program."""
 
 import dataclasses
+import functools
 import importlib.util
 import math
 import re
 
+import jax
+import jax.numpy as jnp
 import pytest
 import yaml
+from jax.sharding import NamedSharding, PartitionSpec
 from small_runs import TINY, write_tiny
 
 from deqa_jax.config import PRESETS, ConfigError, MeshConfig
 from deqa_jax.launch import aot
 from deqa_jax.launch.aot import PlanError
-from deqa_jax.launch.hlo import Traffic
+from deqa_jax.launch.hlo import Traffic, count_collectives
+from deqa_jax.model.layers import attention
 from deqa_jax.parameters import parameter_shapes
+from deqa_jax.sharding import BATCH, compile_for, make_mesh
 from deqa_jax.train.settings import read_config
 
 pytestmark = pytest.mark.skipif(
@@ -78,6 +84,31 @@ def test_scoring_is_planned_with_the_largest_batch(deqa, model):
     assert row(out, "peak").endswith(" of 16.00 GiB")
     assert 22 <= int(row(out, "largest batch that fits, images a chip")) <= limit
     assert "The rate is a bound, not a forecast: 197 TFLOP/s" in out
+
+
+@pytest.mark.parametrize("name", ["v5e:1x1", "v6e:2x2", "v4:2x2x1"])
+def test_attention_of_the_published_size_is_a_kernel_on_every_chip(name):
+    topology = aot.open_topology(name)
+    chips = len(topology.devices)
+    mesh = make_mesh(MeshConfig(data=-1, fsdp=1, tensor=min(2, chips)), topology.devices)
+    placed = NamedSharding(mesh, BATCH) if chips > 1 else None
+    split = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, "tensor"))
+    tokens = jax.ShapeDtypeStruct((4, 1025, 16, 64), jnp.bfloat16, sharding=split)
+    compiled = compile_for(mesh, jax.jit(functools.partial(attention, placed=placed)).trace(tokens, tokens, tokens))
+    assert "tpu_custom_call" in compiled.as_text()
+    # Nothing is sent to other chips: the kernel is split as the tokens are.
+    assert count_collectives(compiled.as_text()) == {}
+
+
+def test_the_kernels_gradient_compiles_where_memory_on_the_chip_is_smallest():
+    mesh = make_mesh(MeshConfig(data=-1, fsdp=1), aot.open_topology("v4:2x2x1").devices)
+    tokens = jax.ShapeDtypeStruct((4, 1025, 16, 64), jnp.bfloat16, sharding=NamedSharding(mesh, BATCH))
+
+    def total(*operands):
+        return jnp.sum(attention(*operands, placed=NamedSharding(mesh, BATCH)), dtype="float32")
+
+    compiled = compile_for(mesh, jax.jit(jax.grad(total, argnums=(0, 1, 2))).trace(tokens, tokens, tokens))
+    assert compiled.as_text().count("tpu_custom_call") >= 3
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
