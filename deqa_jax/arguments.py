@@ -7,14 +7,14 @@ import argparse
 from pathlib import Path
 from typing import NoReturn
 
-from deqa_jax.option_values import column, mesh, names, number, seed, share, whole_number, whole_numbers
+from deqa_jax.option_values import column, names, number, seed, share, whole_number, whole_numbers
+from deqa_jax.shared_options import MOST_IMAGES, add_dtype, add_mesh, add_model, add_stored_dtype
 
 USAGE_STATUS = 2
 """What bad usage exits with."""
 
 # Those of `config.PRESETS`, which would take JAX to load.
 _SIZES = ("test", "tiny", "small", "mid", "full")
-_MOST_IMAGES = 1 << 16
 
 
 class _Parser(argparse.ArgumentParser):
@@ -27,51 +27,11 @@ class _Parser(argparse.ArgumentParser):
 # ---- options ----------------------------------------------------------------------------------------------
 
 
-def _add_model(command: argparse.ArgumentParser, prompt: str, default: str = "") -> None:
-    command.add_argument(
-        "--model",
-        required=not default,
-        help=f"converted folder, published folder, or hub id (converted once into a cache){default}",
-    )
-    command.add_argument(
-        "--batch-size",
-        type=whole_number(1, _MOST_IMAGES),
-        metavar="N",
-        help="images at once, over all devices (default: 1 on CPU, 32 for each device elsewhere)",
-    )
-    _add_dtype(command)
-    command.add_argument(
-        "--prompt",
-        choices=("scorer", "eval"),
-        default=prompt,
-        help=f"which published entry point to follow; their scores differ slightly (default: {prompt})",
-    )
-    _add_mesh(command)
-
-
-def _add_dtype(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16"),
-        default="auto",
-        help="of matrix products (default: auto, float32 on CPU and bfloat16 elsewhere)",
-    )
-
-
-def _add_mesh(command: argparse._ActionsContainer) -> None:
-    command.add_argument(
-        "--mesh",
-        type=mesh,
-        metavar="AXIS=N,…",
-        help="how devices share the model: fsdp, tensor (default: each has all of it, and scores its part of a batch)",
-    )
-
-
 def _score(score: argparse.ArgumentParser) -> None:
     score.add_argument(
         "paths", nargs="+", metavar="PATH", help="image, folder (searched recursively), glob, or - for a list on stdin"
     )
-    _add_model(score, prompt="scorer", default="; default: deqa-tiny, which comes with the package")
+    add_model(score, prompt="scorer", default="; default: deqa-tiny, which comes with the package")
     score.add_argument(
         "--format", choices=("table", "jsonl", "csv"), default="table", help="of the rows (default: table)"
     )
@@ -82,7 +42,7 @@ def _score(score: argparse.ArgumentParser) -> None:
 
 
 def _infer(infer: argparse.ArgumentParser) -> None:
-    _add_model(infer, prompt="eval")
+    add_model(infer, prompt="eval")
     which = infer.add_mutually_exclusive_group(required=True)
     which.add_argument("--meta", nargs="+", type=Path, metavar="F", help="JSON lists of images")
     which.add_argument(
@@ -231,12 +191,12 @@ def _plan(plan: argparse.ArgumentParser) -> None:
     )
     scoring = plan.add_argument_group("for scoring")
     scoring.add_argument(
-        "--batch-size", type=whole_number(1, _MOST_IMAGES), metavar="N", help="images a device at once (default: 32)"
+        "--batch-size", type=whole_number(1, MOST_IMAGES), metavar="N", help="images a device at once (default: 32)"
     )
     scoring.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="of parameters and products (default: bfloat16)"
     )
-    _add_mesh(scoring)
+    add_mesh(scoring)
     plan.usage = "deqa plan [-h] --topology T [--config_path F [--ENTRY VALUE ...]] [OPTION ...]"
     plan.description = f"{plan.description} With a configuration, any of its entries can be given too, as for training."
 
@@ -253,13 +213,13 @@ def _bench(bench: argparse.ArgumentParser) -> None:
     what.add_argument("--model", metavar="M", help="converted folder, published folder, or hub id, in their place")
     bench.add_argument(
         "--batch-size",
-        type=whole_numbers(1, _MOST_IMAGES),
+        type=whole_numbers(1, MOST_IMAGES),
         action="extend",
         metavar="N,…",
         help="images at once, over all devices; a table each (default: 1 on CPU, 32 for each device elsewhere)",
     )
-    _add_dtype(bench)
-    _add_mesh(bench)
+    add_dtype(bench)
+    add_mesh(bench)
     bench.add_argument(
         "--repeats",
         type=whole_number(1, 10_000),
@@ -293,7 +253,7 @@ def _convert(convert: argparse.ArgumentParser) -> None:
     convert.add_argument("source", metavar="SRC", help="folder or hub id")
     convert.add_argument("out", type=Path, metavar="OUT", help="folder to make; must not exist")
     convert.add_argument("--base", metavar="DIR", help="for a LoRA adapter: the full checkpoint it was trained on")
-    _add_stored_dtype(convert, "what the source stores; weights merged with an adapter are float32")
+    add_stored_dtype(convert, "what the source stores; weights merged with an adapter are float32")
 
 
 def _export(export: argparse.ArgumentParser) -> None:
@@ -302,7 +262,7 @@ def _export(export: argparse.ArgumentParser) -> None:
     export.add_argument(
         "--adapter", action="store_true", help="of a LoRA run: write the adapters for PEFT; without it they are merged"
     )
-    _add_stored_dtype(export, "what each tensor came with; float32 for what was trained")
+    add_stored_dtype(export, "what each tensor came with; float32 for what was trained")
 
 
 def _init(init: argparse.ArgumentParser) -> None:
@@ -314,13 +274,7 @@ def _init(init: argparse.ArgumentParser) -> None:
         help="1.2 M (tiny) to 8.2 B parameters (default: test)",
     )
     init.add_argument("--seed", type=seed, default=0, metavar="N", help="of the weights (default: 0)")
-    _add_stored_dtype(init, "float32")
-
-
-def _add_stored_dtype(command: argparse.ArgumentParser, default: str) -> None:
-    command.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help=f"what to store (default: {default})"
-    )
+    add_stored_dtype(init, "float32")
 
 
 def _info(info: argparse.ArgumentParser) -> None:

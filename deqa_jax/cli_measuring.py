@@ -98,7 +98,8 @@ def plan(options: argparse.Namespace) -> int:
 
 def bench(options: argparse.Namespace) -> int:
     """Runs `deqa bench`; returns the status to exit with."""
-    from deqa_jax.bench import BenchSettings, as_table, check_settings, machine, measure
+    from deqa_jax.bench import BenchSettings, check_settings, machine, measure
+    from deqa_jax.bench_table import as_table
     from deqa_jax.checkpoint import CheckpointError
     from deqa_jax.compilation import use_compilation_cache
     from deqa_jax.config import ConfigError, MeshConfig

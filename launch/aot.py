@@ -21,7 +21,7 @@ from deqa_jax.files import read_json
 from deqa_jax.parameters import parameter_shapes, unflatten
 from deqa_jax.preprocess import PreprocessConfig
 from deqa_jax.prompt import SplitPrompt
-from deqa_jax.scorer import programs, scoring_model
+from deqa_jax.scoring_program import programs, scoring_model
 from deqa_jax.sharding import (
     BATCH,
     batch_shards,

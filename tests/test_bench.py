@@ -11,13 +11,14 @@ import pytest
 from PIL import Image
 from small_runs import TINY
 
-from deqa_jax import bench
-from deqa_jax.bench import STAGES, BenchSettings, as_table
+from deqa_jax import bench, bench_table
+from deqa_jax.bench import STAGES, BenchSettings
+from deqa_jax.bench_table import as_table
 from deqa_jax.cli import main
 from deqa_jax.config import PRESETS, ConfigError
 from deqa_jax.flops import flops
 from deqa_jax.random_model import RandomCheckpoint
-from deqa_jax.scorer import scoring_mesh
+from deqa_jax.scoring_program import scoring_mesh
 
 SINGLE = (
     "images_per_second",
@@ -35,7 +36,8 @@ def cheap():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PRESETS, "tiny", TINY)
         patch.setattr(bench, "_MATMUL", {"cpu": (8, 16, 8)})
-        patch.setattr(bench, "PHOTOGRAPH", (64, 48))
+        for module in (bench, bench_table):
+            patch.setattr(module, "PHOTOGRAPH", (64, 48))
         yield
 
 

@@ -14,7 +14,7 @@ from deqa_jax.launch.hlo import count_flops
 from deqa_jax.parameters import abstract_model
 from deqa_jax.preprocess import PreprocessConfig
 from deqa_jax.prompt import SplitPrompt
-from deqa_jax.scorer import programs
+from deqa_jax.scoring_program import programs
 
 LEVEL_IDS = (3, 4, 5, 6, 7)
 _TINY = PRESETS["tiny"]

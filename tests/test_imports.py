@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROWS = [
     ["deqa_jax", "deqa_jax.config", "deqa_jax.convert", "deqa_jax.data", "deqa_jax.metrics"],
     ["deqa_jax.option_values", "deqa_jax.flops", "deqa_jax.compilation", "deqa_jax.model.tpu_attention"],
+    ["deqa_jax.shared_options"],
     ["deqa_jax.arguments"],
     ["deqa_jax.model.layers", "deqa_jax.files", "deqa_jax.data.pairs", "deqa_jax.train", "deqa_jax.distributed"],
     ["deqa_jax.data.augmentation"],
@@ -26,6 +27,7 @@ ROWS = [
     ["deqa_jax.lora", "deqa_jax.data.tfds_builders", "deqa_jax.sharding"],
     ["deqa_jax.checkpoint", "deqa_jax.data.pipeline"],
     ["deqa_jax.builtin_model"],
+    ["deqa_jax.scoring_program"],
     ["deqa_jax.scorer"],
     ["deqa_jax.train.objective", "deqa_jax.train.optimizer", "deqa_jax.train.evaluation", "deqa_jax.train.log"],
     ["deqa_jax.train.step", "deqa_jax.train.settings"],
@@ -42,6 +44,7 @@ ROWS = [
     ["deqa_jax.launch.aot"],
     ["deqa_jax.failures"],
     ["deqa_jax.bench"],
+    ["deqa_jax.bench_table"],
     ["deqa_jax.cli_measuring"],
     ["deqa_jax.cli"],
 ]

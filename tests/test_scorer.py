@@ -9,8 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 from recipe import recipe_tensors
 
@@ -20,7 +18,7 @@ from deqa_jax.config import PRESETS, ConfigError
 from deqa_jax.convert.to_jax import convert
 from deqa_jax.preprocess import ImageError, load_square
 from deqa_jax.prompt import LEVEL_WEIGHTS, PROMPTS, split_prompt
-from deqa_jax.scorer import Prediction, readout
+from deqa_jax.scoring_program import Prediction
 
 Golden = tuple[dict[str, Any], Mapping[str, np.ndarray]]
 GOOD = ("landscape.jpg", "portrait.png", "square.png", "gray.png", "wide.png")
@@ -276,18 +274,6 @@ def test_vocabulary_smaller_than_the_tokenizer_is_refused(write_published: Calla
     convert(str(write_published(tmp_path / "P", config)), tmp_path / "M")
     with pytest.raises(ConfigError, match="more tokens than its model's vocabulary"):
         Scorer.from_pretrained(tmp_path / "M")
-
-
-@given(st.lists(st.floats(-30, 30, width=32), min_size=5, max_size=5))
-@settings(max_examples=50, deadline=None)
-def test_readout_is_mean_and_deviation_of_the_softmax(logits: list[float]) -> None:
-    found = readout(jnp.asarray([logits], jnp.float32))
-    probs = np.exp(np.asarray(logits) - max(logits))
-    probs /= probs.sum()
-    mean = probs @ LEVEL_WEIGHTS
-    np.testing.assert_allclose(found.probs[0], probs, atol=1e-6)
-    np.testing.assert_allclose(found.score[0], mean, atol=1e-5)
-    np.testing.assert_allclose(found.std[0], np.sqrt(probs @ (np.asarray(LEVEL_WEIGHTS) - mean) ** 2), atol=1e-3)
 
 
 def test_pixels_on_the_device_get_the_score_of_the_file(scorer: Scorer, converted: Path, images: Path) -> None:

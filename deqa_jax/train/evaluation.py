@@ -21,7 +21,7 @@ from deqa_jax.data.soft_labels import moments, soft_labels
 from deqa_jax.distributed import wait_for_all
 from deqa_jax.parameters import Leaves, unflatten
 from deqa_jax.preprocess import load_square
-from deqa_jax.scorer import Prediction, check_fit, programs
+from deqa_jax.scoring_program import Prediction, check_fit, programs
 from deqa_jax.sharding import BATCH, feed, gather
 
 

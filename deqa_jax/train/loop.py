@@ -31,7 +31,7 @@ from deqa_jax.data.pipeline import TrainingData, open_sets
 from deqa_jax.distributed import check_shared, first_goes_first, is_first
 from deqa_jax.files import write_text
 from deqa_jax.parameters import Leaves, ParamPath
-from deqa_jax.scorer import check_fit
+from deqa_jax.scoring_program import check_fit
 from deqa_jax.sharding import batch_shards, check_memory, feed, make_mesh
 from deqa_jax.train.evaluation import Evaluator, open_held_out
 from deqa_jax.train.log import Log

@@ -1,0 +1,58 @@
+"""Options that several commands of the command line have."""
+
+import argparse
+
+from deqa_jax.option_values import mesh, whole_number
+
+MOST_IMAGES = 1 << 16
+"""That any batch may have."""
+
+
+def add_model(command: argparse.ArgumentParser, prompt: str, default: str = "") -> None:
+    """A model to score with, and how; `prompt` is the default of that option, `default` ends the help of `--model`."""
+    command.add_argument(
+        "--model",
+        required=not default,
+        help=f"converted folder, published folder, or hub id (converted once into a cache){default}",
+    )
+    command.add_argument(
+        "--batch-size",
+        type=whole_number(1, MOST_IMAGES),
+        metavar="N",
+        help="images at once, over all devices (default: 1 on CPU, 32 for each device elsewhere)",
+    )
+    add_dtype(command)
+    command.add_argument(
+        "--prompt",
+        choices=("scorer", "eval"),
+        default=prompt,
+        help=f"which published entry point to follow; their scores differ slightly (default: {prompt})",
+    )
+    add_mesh(command)
+
+
+def add_dtype(command: argparse.ArgumentParser) -> None:
+    """What scoring runs in."""
+    command.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="of matrix products (default: auto, float32 on CPU and bfloat16 elsewhere)",
+    )
+
+
+def add_mesh(command: argparse._ActionsContainer) -> None:
+    """How devices share a model."""
+    command.add_argument(
+        "--mesh",
+        type=mesh,
+        metavar="AXIS=N,…",
+        help="how devices share the model: fsdp, tensor (default: each has all of it, and scores its part of a batch)",
+    )
+
+
+def add_stored_dtype(command: argparse.ArgumentParser, default: str) -> None:
+    """What is written; `default` says what that is without the option."""
+    command.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help=f"what to store (default: {default})"
+    )
