@@ -9,6 +9,7 @@ from deqa_jax import builtin_model
 from deqa_jax.checkpoint import Checkpoint, is_checkpoint
 from deqa_jax.config import DeqaConfig
 from deqa_jax.parameters import parameter_shapes
+from deqa_jax.quantize import KERNEL_SCALE, is_quantized
 
 from .hf import open_published
 from .names import account
@@ -38,9 +39,16 @@ def _converted(checkpoint: Checkpoint) -> Iterator[str]:
     yield f"{checkpoint.folder}: a converted checkpoint"
     yield from _model(checkpoint.config)
     sizes: collections.Counter[str] = collections.Counter()
-    for leaf in checkpoint.stored.values():
-        sizes[str(leaf.dtype)] += math.prod(leaf.shape)
+    stored = checkpoint.stored
+    for path, shape in parameter_shapes(checkpoint.config).items():
+        # What is packed counts as what it stands for.
+        packed = checkpoint.quantization if is_quantized(path) else None
+        sizes[packed or str(stored[path].dtype)] += math.prod(shape)
     yield "stored      " + ", ".join(f"{count / 1e6:.1f} M in {dtype}" for dtype, count in sizes.items())
+    if checkpoint.quantization:
+        scales = sum(math.prod(leaf.shape) for path, leaf in stored.items() if path[-1] == KERNEL_SCALE)
+        size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in stored.values())
+        yield f"quantised   for scoring only: {scales / 1e6:.1f} M scales in float32, {size / 1e6:.1f} MB in all"
     for key in ("source", "base"):
         if checkpoint.provenance.get(key):
             yield f"{key:<12}{checkpoint.provenance[key]}"

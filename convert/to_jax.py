@@ -1,25 +1,31 @@
 """`deqa convert`: a published checkpoint to a folder of ours, and the cache that `--model` uses."""
 
 import contextlib
+import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import logging
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from deqa_jax import builtin_model
-from deqa_jax.checkpoint import is_checkpoint, write_checkpoint
+from deqa_jax.checkpoint import Checkpoint, is_checkpoint, write_checkpoint
+from deqa_jax.config import DeqaConfig
 from deqa_jax.files import new_folder, refuse_existing, sha256
-from deqa_jax.parameters import parameter_shapes
+from deqa_jax.parameters import ParamPath, parameter_shapes
+from deqa_jax.quantize import is_quantized
 
 from .hf import Published, open_published, side_files
 from .names import Rule, account, rules_for
 from .peft import is_adapter, merge_adapter
 from .progress import progress_bar
+from .quantized import quantized
 from .tensors import FLOAT_DTYPES, ConversionError, Tensor, common_dtype, dtype_name
 
 _LOG = logging.getLogger(__name__)
@@ -57,23 +63,65 @@ def locate(source: str) -> Path:
         ) from error
 
 
-def convert(source: str, out: Path, *, base: str | None = None, dtype: str | None = None) -> None:
+def convert(
+    source: str, out: Path, *, base: str | None = None, dtype: str | None = None, quantization: str | None = None
+) -> None:
     """Converts a published checkpoint, full or LoRA, into a folder that `Checkpoint.open` reads.
 
     Streamed: memory grows with the largest stacked parameter, not with the checkpoint. Atomic: `out` appears
     when it is complete.
 
     Args:
-      source: a folder or a hub id.
+      source: a folder or a hub id; a converted folder too, to store it otherwise.
       out: the folder to make.
       base: for a LoRA adapter, the full checkpoint that it was trained on.
       dtype: what to store; by default what the source stores, and float32 for weights merged with an adapter.
+      quantization: a scheme of `quantize.SCHEMES` for the kernels of blocks; `dtype` is then of the rest.
 
     Raises:
+      CheckpointError: the source is a converted folder, and damaged.
       ConversionError: the checkpoint is not exactly one of this model; every violation is listed.
       FileExistsError: `out` is there already.
+      QuantizedError: the source is quantised itself.
     """
     refuse_existing(out)
+
+    def stored(path: ParamPath) -> np.dtype | None:
+        # What is quantised is not rounded to another dtype first.
+        return FLOAT_DTYPES[dtype] if dtype and not (quantization and is_quantized(path)) else None
+
+    whole = (_from_converted if is_checkpoint(Path(source)) else _from_published)(source, base, stored)
+    leaves = quantized(whole.leaves, quantization) if quantization else whole.leaves
+    total = sum(leaf.num_bytes for leaf in leaves.values())
+    with new_folder(out) as temporary, progress_bar("convert", total) as progress:
+        write_checkpoint(
+            temporary,
+            config=whole.config,
+            leaves=leaves,
+            side_files={path.name: path.read_bytes() for path in whole.side_files},
+            published_config=whole.published_config,
+            provenance=whole.provenance,
+            quantization=quantization,
+            progress=progress,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """What a converted checkpoint is made of."""
+
+    config: DeqaConfig
+    published_config: dict[str, Any] | None
+    leaves: dict[ParamPath, Tensor]
+    side_files: list[Path]
+    """Of two with one name the last."""
+    provenance: dict[str, Any]
+
+
+_Stored = Callable[[ParamPath], np.dtype | None]
+
+
+def _from_published(source: str, base: str | None, stored: _Stored) -> _Source:
     problems: list[str] = []
     published, folders = _open(source, base, problems)
     shapes = parameter_shapes(published.config) if published else {}
@@ -81,21 +129,37 @@ def convert(source: str, out: Path, *, base: str | None = None, dtype: str | Non
         problems += account(published.config, shapes, published.tensors)
     if problems or not published:
         raise ConversionError(problems)
+    return _Source(
+        published.config,
+        published.published_config,
+        {path: _stacked(rule, shapes[path], published, stored(path)) for path, rule in rules_for(shapes).items()},
+        [path for folder in folders for path in side_files(folder)],
+        _provenance(source, base, published),
+    )
 
-    stored = FLOAT_DTYPES[dtype] if dtype else None
-    leaves = {path: _stacked(rule, shapes[path], published, stored) for path, rule in rules_for(shapes).items()}
-    files = {path.name: path.read_bytes() for folder in folders for path in side_files(folder)}
-    total = sum(leaf.num_bytes for leaf in leaves.values())
-    with new_folder(out) as temporary, progress_bar("convert", total) as progress:
-        write_checkpoint(
-            temporary,
-            config=published.config,
-            leaves=leaves,
-            side_files=files,
-            published_config=published.published_config,
-            provenance=_provenance(source, base, published),
-            progress=progress,
-        )
+
+def _from_converted(source: str, base: str | None, stored: _Stored) -> _Source:
+    if base is not None:
+        raise ConversionError([f"{source}: a full checkpoint; --base is for LoRA adapters"])
+    checkpoint = Checkpoint.open(source)
+    checkpoint.require_exact("converting")
+
+    def read(path: ParamPath, dtype: np.dtype) -> np.ndarray:
+        leaf = checkpoint.read_leaf(path)
+        try:
+            with np.errstate(over="raise"):
+                return leaf.astype(dtype, copy=False)
+        except FloatingPointError as error:
+            raise ConversionError([f"{'/'.join(path)}: has values that {dtype_name(dtype)} cannot hold"]) from error
+
+    leaves = {}
+    for path, leaf in checkpoint.stored.items():
+        dtype = stored(path) or np.dtype(leaf.dtype)
+        leaves[path] = Tensor(leaf.shape, dtype, functools.partial(read, path, dtype))
+    provenance = {**checkpoint.provenance, "converted_again": checkpoint.identity, "versions": _versions()}
+    return _Source(
+        checkpoint.config, checkpoint.published_config, leaves, list(side_files(checkpoint.folder)), provenance
+    )
 
 
 def _open(source: str, base: str | None, problems: list[str]) -> tuple[Published | None, list[Path]]:
@@ -139,8 +203,12 @@ def _provenance(source: str, base: str | None, published: Published) -> dict[str
         "base": base,
         "files": {path.name: sha256(path) for path in published.weight_files},
         "tensors": {key: dtype_name(tensor.dtype) for key, tensor in published.tensors.items()},
-        "versions": {name: importlib.metadata.version(name) for name in ("deqa-jax", "jax", "orbax-checkpoint")},
+        "versions": _versions(),
     }
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("deqa-jax", "jax", "orbax-checkpoint")}
 
 
 def resolve(model: str) -> Path:

@@ -36,9 +36,11 @@ def export_adapter(model: Path, out: Path, *, dtype: str | None = None) -> None:
       CheckpointError: `model` has no adapters.
       ConfigError: the model has what the published format cannot say.
       FileExistsError: `out` is there already.
+      QuantizedError: its weights are quantised.
     """
     refuse_existing(out)
     checkpoint = Checkpoint.open(model)
+    checkpoint.require_exact("exporting")
     if checkpoint.adapter is None or checkpoint.adapter.lora is None:
         raise CheckpointError(f"{model}: has no adapters of its own; export it without --adapter")
     if checkpoint.adapter.base.adapter is not None:

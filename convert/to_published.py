@@ -34,9 +34,11 @@ def export(model: Path, out: Path, *, dtype: str | None = None) -> None:
       CheckpointError: `model` is no converted checkpoint.
       ConfigError: the model has what the published format cannot say.
       FileExistsError: `out` is there already.
+      QuantizedError: its weights are quantised.
     """
     refuse_existing(out)
     checkpoint = Checkpoint.open(model)
+    checkpoint.require_exact("exporting")
     tensors = dict(_tensors(checkpoint, FLOAT_DTYPES[dtype] if dtype else None))
     config = dict(checkpoint.published_config or to_published(checkpoint.config))
     config["torch_dtype"] = dtype_name(tensors["lm_head.weight"].dtype)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from deqa_jax.option_values import column, names, number, seed, share, whole_number, whole_numbers
-from deqa_jax.shared_options import MOST_IMAGES, add_dtype, add_mesh, add_model, add_stored_dtype
+from deqa_jax.shared_options import MOST_IMAGES, add_dtype, add_mesh, add_model, add_quantize, add_stored_dtype
 
 USAGE_STATUS = 2
 """What bad usage exits with."""
@@ -196,6 +196,7 @@ def _plan(plan: argparse.ArgumentParser) -> None:
     scoring.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="of parameters and products (default: bfloat16)"
     )
+    add_quantize(scoring, "as if the model were converted so")
     add_mesh(scoring)
     plan.usage = "deqa plan [-h] --topology T [--config_path F [--ENTRY VALUE ...]] [OPTION ...]"
     plan.description = f"{plan.description} With a configuration, any of its entries can be given too, as for training."
@@ -254,6 +255,7 @@ def _convert(convert: argparse.ArgumentParser) -> None:
     convert.add_argument("out", type=Path, metavar="OUT", help="folder to make; must not exist")
     convert.add_argument("--base", metavar="DIR", help="for a LoRA adapter: the full checkpoint it was trained on")
     add_stored_dtype(convert, "what the source stores; weights merged with an adapter are float32")
+    add_quantize(convert, "store kernels in 8 or 4 bits, for scoring only")
 
 
 def _export(export: argparse.ArgumentParser) -> None:

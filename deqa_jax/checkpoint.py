@@ -13,13 +13,14 @@ import jax
 import numpy as np
 
 from deqa_jax import lora
-from deqa_jax.config import ConfigError, DeqaConfig
+from deqa_jax.config import ConfigError, DeqaConfig, QuantizedError
 from deqa_jax.distributed import is_first
 from deqa_jax.files import read_json
 from deqa_jax.lora import LoraConfig
 from deqa_jax.parameters import Leaves, ParamPath, flatten, parameter_shapes, unflatten
 from deqa_jax.preprocess import PreprocessConfig
 from deqa_jax.prompt import Tokenizer
+from deqa_jax.quantize import parameter_dtype, read_scheme, write_scheme
 from deqa_jax.sharding import gather
 
 CONFIG_FILE = "config.json"
@@ -96,6 +97,7 @@ def write_checkpoint(
     published_config: Mapping[str, Any] | None,
     provenance: Mapping[str, Any],
     adapter: "Adapter | None" = None,
+    quantization: str | None = None,
     progress: Callable[[int], object] = lambda done: None,
 ) -> None:
     """Fills an empty folder (see `new_folder`) with a checkpoint, one parameter in memory at a time.
@@ -110,6 +112,7 @@ def write_checkpoint(
       published_config: the `config.json` that the checkpoint came with, kept for `deqa export`.
       provenance: where it comes from.
       adapter: what the parameters belong on, if they are not all of the model's.
+      quantization: the scheme of `quantize.SCHEMES` that they are in, if they are.
       progress: called with the bytes of each parameter written.
     """
     _save_params(folder / PARAMS_FOLDER, leaves, progress)
@@ -126,6 +129,8 @@ def write_checkpoint(
     if adapter is not None:
         base = {"folder": str(adapter.base.folder.absolute()), "identity": adapter.base.identity}
         written["adapter"] = {"base": base, "lora": adapter.lora and dataclasses.asdict(adapter.lora)}
+    if quantization is not None:
+        written["quantization"] = write_scheme(quantization)
     (folder / CONFIG_FILE).write_text(json.dumps(written, indent=2) + "\n")
     (folder / PROVENANCE_FILE).write_text(json.dumps(provenance, indent=2) + "\n")
 
@@ -192,6 +197,7 @@ class Checkpoint:
       published_config: the `config.json` of the published checkpoint it came from, if it did.
       provenance: what `provenance.json` says.
       adapter: what it belongs on, if it has trained parameters alone.
+      quantization: the scheme of `quantize.SCHEMES` that its kernels are in, if they are.
     """
 
     folder: Path
@@ -199,6 +205,7 @@ class Checkpoint:
     published_config: dict[str, Any] | None
     provenance: dict[str, Any]
     adapter: Adapter | None = None
+    quantization: str | None = None
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> "Checkpoint":
@@ -220,6 +227,7 @@ class Checkpoint:
                     "convert the published checkpoint again"
                 )
             config = DeqaConfig.from_dict(written.get("model"))
+            quantization = read_scheme(written.get("quantization"))
             provenance = read_json(folder / PROVENANCE_FILE)
         except (ConfigError, OSError) as error:
             raise CheckpointError(f"{folder}: {error}; convert the checkpoint again") from error
@@ -229,7 +237,15 @@ class Checkpoint:
         adapter = _open_adapter(folder, written["adapter"]) if written.get("adapter") else None
         if adapter is not None and adapter.base.config != config:
             raise CheckpointError(f"{folder}: its base {adapter.base.folder} is another model")
-        return cls(folder, config, written.get("published"), provenance, adapter)
+        return cls(folder, config, written.get("published"), provenance, adapter, quantization)
+
+    def require_exact(self, purpose: str) -> None:
+        """Raises `QuantizedError` if kernels are quantised: what is made of them would not show what it has lost."""
+        if self.quantization is not None:
+            raise QuantizedError(
+                f"{self.folder}: its weights are quantised ({self.quantization}), which is for scoring only; {purpose} "
+                "starts from the checkpoint that it was made from"
+            )
 
     def tokenizer(self) -> Tokenizer:
         """The checkpoint's tokenizer."""
@@ -256,6 +272,7 @@ class Checkpoint:
         files = [(self.folder / name).read_bytes() for name in (TOKENIZER_FILE, PREPROCESSOR_FILE)]
         digests = [hashlib.sha256(content).hexdigest() for content in files]
         parts = [dataclasses.asdict(self.config), made_of, dtypes, digests]
+        parts += [] if self.quantization is None else [self.quantization]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     @functools.cached_property
@@ -285,7 +302,7 @@ class Checkpoint:
             own = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in flatten(metadata.tree).items()}
         except (OSError, ValueError, KeyError, AttributeError) as error:
             raise CheckpointError(f"{self._params}: damaged ({error}); {self._remedy}") from error
-        shapes = parameter_shapes(self.config)
+        shapes = parameter_shapes(self.config, self.quantization)
         required = shapes.keys()
         if self.adapter is not None:
             adapters = lora.adapter_shapes(shapes, self.adapter.lora) if self.adapter.lora else {}
@@ -308,7 +325,7 @@ class Checkpoint:
         """Reads parameters.
 
         Args:
-          dtype: to cast to while reading; as stored without it.
+          dtype: to cast to while reading, but for what is quantised; as stored without it.
           shardings: where to put them, by path: each device's part is read for it alone. Without it, host memory, as
             NumPy arrays.
           only: paths of those to read; all without it.
@@ -362,7 +379,7 @@ class Checkpoint:
             return {}
 
         def restore_args(path: ParamPath, leaf: jax.ShapeDtypeStruct) -> ocp.RestoreArgs:
-            target = np.dtype(dtype or leaf.dtype)
+            target = parameter_dtype(path, self.quantization, dtype) if dtype else np.dtype(leaf.dtype)
             if shardings is None:
                 return ocp.RestoreArgs(restore_type=np.ndarray, dtype=target)
             return ocp.ArrayRestoreArgs(sharding=shardings[path], dtype=target)

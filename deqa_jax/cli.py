@@ -164,6 +164,7 @@ def _open_scorer(options: argparse.Namespace) -> "Scorer | str":
             batch_size=options.batch_size,
             prompt=options.prompt,
             mesh=options.mesh and MeshConfig(**options.mesh),
+            int8_activations=options.int8_activations,
         )
     except (CheckpointError, ConfigError, ConversionError, PromptError) as error:
         return str(error)
@@ -288,11 +289,15 @@ def _prepare(options: argparse.Namespace) -> int:
 
 
 def _convert(options: argparse.Namespace) -> int:
+    from deqa_jax.checkpoint import CheckpointError
     from deqa_jax.convert.tensors import ConversionError
     from deqa_jax.convert.to_jax import convert
 
+    settings = {"base": options.base, "dtype": options.dtype, "quantization": options.quantize}
     try:
-        convert(options.source, options.out, base=options.base, dtype=options.dtype)
+        convert(options.source, options.out, **settings)
+    except CheckpointError as error:
+        return _fail(str(error), _FAILED)
     except ConversionError as error:
         return _fail(f"{options.source} cannot be converted:\n" + "\n".join(f"  {x}" for x in error.problems), _FAILED)
     return 0

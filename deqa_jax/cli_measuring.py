@@ -67,6 +67,8 @@ def plan(options: argparse.Namespace) -> int:
         return fail("--batch-size is for scoring; a configuration has --batch_size_per_device", USAGE_STATUS)
     if options.config_path and options.mesh is not None:
         return fail("--mesh is for scoring; a configuration has --mesh.data, --mesh.fsdp, --mesh.tensor", USAGE_STATUS)
+    if options.config_path and options.quantize is not None:
+        return fail("--quantize is for scoring; what is quantised cannot be trained", USAGE_STATUS)
     import importlib.util
 
     if importlib.util.find_spec("libtpu") is None:
@@ -85,7 +87,7 @@ def plan(options: argparse.Namespace) -> int:
             overrides = [*options.overrides, *(word for pair in named if pair[1] for word in pair)]
             print(plan_training(read_config(options.config_path, overrides), options.topology, **wanted))
         else:
-            given = {"batch_size": options.batch_size, "dtype": options.dtype}
+            given = {"batch_size": options.batch_size, "dtype": options.dtype, "quantization": options.quantize}
             settings = {name: value for name, value in given.items() if value is not None}
             mesh = MeshConfig(**(options.mesh or {"data": -1, "fsdp": 1}))
             print(plan_scoring(options.model or "full", options.topology, mesh=mesh, **settings, **wanted))

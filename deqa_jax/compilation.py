@@ -12,8 +12,13 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.stages import Wrapped
 
 
-def scoring_jit(function: Callable[..., Any], dtype: str, platform: str, **options: Any) -> Wrapped:
-    """`jax.jit` with what scoring in `dtype` needs of the compiler; `options` are those of `jax.jit`."""
+def scoring_jit(
+    function: Callable[..., Any], dtype: str, platform: str, *, quantized: bool = False, **options: Any
+) -> Wrapped:
+    """`jax.jit` with what scoring in `dtype` needs of the compiler; `options` are those of `jax.jit`.
+
+    `quantized` says that kernels are of few bits.
+    """
 
     @functools.wraps(function)
     def exact(*arguments: Any, **named: Any) -> Any:
@@ -21,9 +26,9 @@ def scoring_jit(function: Callable[..., Any], dtype: str, platform: str, **optio
         with jax.default_matmul_precision("highest" if dtype == "float32" else None):
             return function(*arguments, **named)
 
-    if platform == "cpu" and dtype == "bfloat16":
-        # There, products in bfloat16 are of weights cast to float32. In its usual order the compiler casts those of all
-        # blocks before it needs them: 29 GiB at full size, against less than one in this order.
+    if platform == "cpu" and (dtype == "bfloat16" or quantized):
+        # There, products in bfloat16 and of few bits are of weights cast to float32. In its usual order the compiler
+        # casts those of all blocks before it needs them: 29 GiB at full size, against less than one in this order.
         options["compiler_options"] = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
     return jax.jit(exact, **options)
 

@@ -16,6 +16,10 @@ class ConfigError(ValueError):
     """A configuration that this model cannot take; the message names every offending entry."""
 
 
+class QuantizedError(ValueError):
+    """A checkpoint of quantised weights where exact ones are needed; the message says what to take instead."""
+
+
 def _is_whole(name: str) -> bool:
     return not name.endswith(("eps", "theta"))
 

@@ -3,6 +3,7 @@
 import sys
 
 from deqa_jax.arguments import USAGE_STATUS
+from deqa_jax.config import QuantizedError
 
 FAILED, INTERRUPTED = 1, 130
 
@@ -20,6 +21,8 @@ def explain(error: BaseException) -> tuple[str, int] | None:
             return "interrupted; what was finished is written", INTERRUPTED
         case FileExistsError() | NotADirectoryError():
             return _reason(error), USAGE_STATUS
+        case QuantizedError():
+            return str(error), USAGE_STATUS
         case OSError():
             return _reason(error), FAILED
     # What JAX reports, if it is there: none of it is loaded for a sentence.

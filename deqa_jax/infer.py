@@ -206,6 +206,8 @@ def _check_run(scorer: Scorer, sets: Sequence[ImageSet], out: Path) -> None:
     """Notes what makes the predictions, or sees that it is what made those that are there."""
     path = out / RUN_FILE
     run = {"model": scorer.identity, "prompt": scorer.prompt, "dtype": scorer.dtype, "batch_size": scorer.batch_size}
+    # Only where it is: what earlier versions have begun goes on.
+    run |= {"int8_activations": True} if scorer.int8_activations else {}
     if not path.exists():
         known = [image_set.name for image_set in sets if (out / image_set.name).exists()]
         if known:
@@ -216,8 +218,9 @@ def _check_run(scorer: Scorer, sets: Sequence[ImageSet], out: Path) -> None:
         before = read_json(path)
     except ConfigError as error:
         raise InferenceError(f"{error}; choose another folder with --out") from error
-    if different := [name for name in run if before.get(name) != run[name]]:
-        shown = ", ".join(f"{name} {before.get(name)} (now {run[name]})" for name in different)
+    names = {**run, "int8_activations": None}
+    if different := [name for name in names if before.get(name) != run.get(name)]:
+        shown = ", ".join(f"{name} {before.get(name)} (now {run.get(name)})" for name in different)
         raise InferenceError(
             f"{out}: its predictions were made with {shown}, and would not compare; "
             "give the same options, or choose another folder with --out"

@@ -8,6 +8,7 @@ from flax import nnx
 
 from deqa_jax.config import DeqaConfig, Execution
 from deqa_jax.model.deqa import Deqa
+from deqa_jax.quantize import quantized_shapes
 
 ParamPath = tuple[str, ...]
 Leaves = dict[ParamPath, Any]
@@ -46,7 +47,9 @@ def unflatten(leaves: Mapping[tuple[Any, ...], Any]) -> dict[Any, Any]:
 
 
 @functools.cache
-def parameter_shapes(config: DeqaConfig) -> dict[ParamPath, tuple[int, ...]]:
-    """Shape of every parameter of a model, by path."""
+def parameter_shapes(config: DeqaConfig, quantization: str | None = None) -> dict[ParamPath, tuple[int, ...]]:
+    """Shape of every parameter of a model, by path; with a scheme of `quantize.SCHEMES`, of the quantised model."""
+    if quantization is not None:
+        return quantized_shapes(parameter_shapes(config), quantization)
     state = nnx.to_pure_dict(nnx.state(abstract_model(config)))
     return {path: leaf.shape for path, leaf in flatten(state).items()}

@@ -19,17 +19,24 @@ from deqa_jax.checkpoint import Checkpoint
 from deqa_jax.compilation import use_compilation_cache
 from deqa_jax.config import ConfigError, MeshConfig
 from deqa_jax.model.deqa import Deqa
-from deqa_jax.parameters import parameter_shapes, unflatten
+from deqa_jax.parameters import unflatten
 from deqa_jax.preprocess import ImageError, ImageLike, load_square
 from deqa_jax.prompt import PROMPTS
-from deqa_jax.scoring_program import Prediction, check_fit, programs, scoring_dtype, scoring_mesh, scoring_model
+from deqa_jax.scoring_program import (
+    Prediction,
+    check_fit,
+    programs,
+    scoring_dtype,
+    scoring_mesh,
+    scoring_model,
+    scoring_parameters,
+)
 from deqa_jax.sharding import (
     BATCH,
     batch_shards,
     bytes_per_device,
     check_batch,
     check_memory,
-    parameter_shardings,
 )
 
 DTYPES = ("auto", "float32", "bfloat16")
@@ -59,7 +66,8 @@ class Scorer:
       batch_size: images that go through the model at once; a short batch is padded. May be set, to what `check_batch`
         passes.
       batch_sharding: how a batch lies on the devices.
-      dtype: of parameters and matrix products.
+      dtype: of matrix products, and of parameters that are not quantised.
+      int8_activations: whether products of int8 kernels are in int8.
       prompt: `scorer` or `eval`.
       identity: of the checkpoint; see `Checkpoint.identity`.
 
@@ -77,6 +85,7 @@ class Scorer:
         batch_size: int | None = None,
         prompt: str = "scorer",
         mesh: MeshConfig | None = None,
+        int8_activations: bool = False,
     ):
         """Loads the parameters, and computes keys and values of the text in front of the image.
 
@@ -88,6 +97,8 @@ class Scorer:
           prompt: `scorer` or `eval`, the two published entry points, whose scores differ slightly.
           mesh: how this process's devices share the work. Without it each holds the whole model and scores its part of
             a batch; on CPU there is one.
+          int8_activations: for a checkpoint of int8 kernels: multiply in int8 instead of `dtype`, each token's
+            activations rounded to 255 steps, which costs accuracy.
 
         Raises:
           ConfigError: an argument is out of range, the checkpoint's parts do not fit together, or the devices are too
@@ -101,7 +112,12 @@ class Scorer:
             raise ConfigError(f"prompt {prompt!r} is not one of {', '.join(PROMPTS)}")
         if batch_size is not None and batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, not {batch_size}")
+        if int8_activations and checkpoint.quantization != "int8":
+            raise ConfigError(
+                f"{checkpoint.folder}: int8 activations need int8 kernels, which `deqa convert --quantize int8` makes"
+            )
         self.dtype = dtype = scoring_dtype(dtype, platform)
+        self.int8_activations = int8_activations
         self.prompt = prompt
         self.identity = checkpoint.identity
         self._mesh = scoring_mesh(mesh)
@@ -111,22 +127,25 @@ class Scorer:
         self.batch_sharding = NamedSharding(self._mesh, BATCH)
         self._preprocess = checkpoint.preprocess()
         ids, level_ids = check_fit(checkpoint, self._preprocess, prompt)
-
-        shapes = parameter_shapes(checkpoint.config)
-        shardings = parameter_shardings(shapes, self._mesh)
-        leaves = {
-            path: jax.ShapeDtypeStruct(shapes[path], np.dtype(dtype), sharding=shardings[path]) for path in shapes
-        }
-        check_memory("the model", bytes_per_device(leaves), self._mesh)
-        model = scoring_model(checkpoint.config, dtype, self._mesh)
-        if platform == "cpu" and self._mesh.size == 1:
-            model = model.unrolled()
-            self._params = unflatten(_restore_unstacked(checkpoint, dtype, self._mesh.devices.item()))
-        else:
-            self._params = unflatten(checkpoint.restore(dtype, shardings=shardings))
-        self._graphdef = nnx.graphdef(model)
-        prefill, self._run = programs(self._graphdef, ids, level_ids, self._preprocess, dtype, platform)
+        self._graphdef = nnx.graphdef(self._load(checkpoint))
+        quantized = checkpoint.quantization is not None
+        prefill, self._run = programs(
+            self._graphdef, ids, level_ids, self._preprocess, dtype, platform, quantized=quantized
+        )
         self._cache = prefill(self._params)
+
+    def _load(self, checkpoint: Checkpoint) -> Deqa:
+        """Puts the parameters on the devices; returns the model that they are of, with shapes in their place."""
+        config, quantization = checkpoint.config, checkpoint.quantization
+        leaves = scoring_parameters(config, self.dtype, self._mesh, quantization)
+        check_memory("the model", bytes_per_device(leaves), self._mesh)
+        model = scoring_model(config, self.dtype, self._mesh, quantization, int8_activations=self.int8_activations)
+        if self._mesh.size == 1 and (device := self._mesh.devices.item()).platform == "cpu":
+            self._params = unflatten(_restore_unstacked(checkpoint, self.dtype, device))
+            return model.unrolled()
+        shardings = {path: leaf.sharding for path, leaf in leaves.items()}
+        self._params = unflatten(checkpoint.restore(self.dtype, shardings=shardings))
+        return model
 
     @classmethod
     def from_pretrained(cls, model: str | os.PathLike[str] | None = None, **options: Any) -> "Scorer":

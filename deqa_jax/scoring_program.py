@@ -1,5 +1,6 @@
 """The program that scores: the model it is of, where its parameters lie, and what it says of a batch."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -13,10 +14,12 @@ from deqa_jax.checkpoint import Checkpoint
 from deqa_jax.compilation import scoring_jit
 from deqa_jax.config import ConfigError, DeqaConfig, Execution, MeshConfig
 from deqa_jax.model.deqa import Deqa
-from deqa_jax.parameters import abstract_model
+from deqa_jax.model.quantized import wrap
+from deqa_jax.parameters import Leaves, abstract_model, parameter_shapes
 from deqa_jax.preprocess import PreprocessConfig, normalize
 from deqa_jax.prompt import LEVEL_WEIGHTS, PROMPTS, SplitPrompt, split_prompt
-from deqa_jax.sharding import BATCH, make_mesh
+from deqa_jax.quantize import parameter_dtype
+from deqa_jax.sharding import BATCH, make_mesh, parameter_shardings
 
 
 class Prediction(NamedTuple):
@@ -71,10 +74,22 @@ def scoring_mesh(mesh: MeshConfig | None) -> Mesh:
     return make_mesh(MeshConfig(data=-1, fsdp=1), devices[:1] if devices[0].platform == "cpu" else devices)
 
 
-def scoring_model(config: DeqaConfig, dtype: str, mesh: Mesh) -> Deqa:
-    """The model with shapes in place of arrays, stored and run in `dtype`, for a batch on a mesh."""
+def scoring_model(
+    config: DeqaConfig, dtype: str, mesh: Mesh, quantization: str | None = None, *, int8_activations: bool = False
+) -> Deqa:
+    """The model with shapes in place of arrays, stored (but for what is quantised) and run in `dtype`, on a mesh."""
     activations = NamedSharding(mesh, BATCH) if mesh.size > 1 else None
-    return abstract_model(config, Execution(dtype=dtype, param_dtype=dtype, activations=activations))
+    model = abstract_model(config, Execution(dtype=dtype, param_dtype=dtype, activations=activations))
+    return wrap(model, quantization, int8_activations=int8_activations) if quantization else model
+
+
+def scoring_parameters(config: DeqaConfig, dtype: str, mesh: Mesh, quantization: str | None = None) -> Leaves:
+    """Shapes, dtypes and places of that model's parameters, by path. Raises what `parameter_shardings` does."""
+    shapes = parameter_shapes(config, quantization)
+    return {
+        path: jax.ShapeDtypeStruct(shapes[path], parameter_dtype(path, quantization, dtype), sharding=sharding)
+        for path, sharding in parameter_shardings(shapes, mesh).items()
+    }
 
 
 def programs(
@@ -84,6 +99,8 @@ def programs(
     preprocess: PreprocessConfig,
     dtype: str,
     platform: str,
+    *,
+    quantized: bool = False,
 ) -> tuple[Wrapped, Wrapped]:
     """The two compiled functions: `prefill(params)` and `run(params, cache, pixels, open_set=…)`."""
 
@@ -102,7 +119,8 @@ def programs(
             prediction = prediction._replace(open_probs=jnp.exp(prediction.logits - total))
         return prediction._replace(hidden=hidden.astype(jnp.float32))
 
-    return scoring_jit(prefill, dtype, platform), scoring_jit(run, dtype, platform, static_argnames="open_set")
+    compiled = functools.partial(scoring_jit, dtype=dtype, platform=platform, quantized=quantized)
+    return compiled(prefill), compiled(run, static_argnames="open_set")
 
 
 def readout(logits: Float[Array, "B 5"]) -> Prediction:

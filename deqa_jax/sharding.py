@@ -25,13 +25,15 @@ BATCH = PartitionSpec(("data", "fsdp"))
 _FSDP, _TENSOR, _BOTH = "fsdp", "tensor", ("tensor", "fsdp")
 
 # First match wins. Stacks have a layer axis in front, which is never split. Left whole are axes of odd sizes (588
-# values of a patch, 1025 positions, the rank of an adapter) and vectors, which are small.
+# values of a patch, 1025 positions, the rank of an adapter), groups that share a scale, and vectors, which are small.
 _TABLE: tuple[tuple[str, tuple[Any, ...]], ...] = (
     (r"/(out|down)/kernel$", (_TENSOR, _FSDP)),
     (r"/(out|down)/lora_a$", (_BOTH, None)),
     (r"/(out|down)/lora_b$", (None, _FSDP)),
     (r"^vision/patch_embedding/kernel$", (None, _FSDP)),
     (r"/kernel$", (_FSDP, _TENSOR)),
+    (r"/(out|down)/kernel_scale$", (None, _FSDP)),
+    (r"/kernel_scale$", (None, _TENSOR)),
     (r"/lora_a$", (_FSDP, None)),
     (r"/lora_b$", (None, _BOTH)),
     (r"^language/embedding$", (_TENSOR, _FSDP)),

@@ -28,6 +28,7 @@ def add_model(command: argparse.ArgumentParser, prompt: str, default: str = "") 
         default=prompt,
         help=f"which published entry point to follow; their scores differ slightly (default: {prompt})",
     )
+    add_int8_activations(command)
     add_mesh(command)
 
 
@@ -38,6 +39,13 @@ def add_dtype(command: argparse.ArgumentParser) -> None:
         choices=("auto", "float32", "bfloat16"),
         default="auto",
         help="of matrix products (default: auto, float32 on CPU and bfloat16 elsewhere)",
+    )
+
+
+def add_int8_activations(command: argparse.ArgumentParser) -> None:
+    """Whether products of int8 kernels are in int8."""
+    command.add_argument(
+        "--int8-activations", action="store_true", help="multiply in int8: faster where chips can, and less exact"
     )
 
 
@@ -56,3 +64,8 @@ def add_stored_dtype(command: argparse.ArgumentParser, default: str) -> None:
     command.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help=f"what to store (default: {default})"
     )
+
+
+def add_quantize(command: argparse._ActionsContainer, what: str) -> None:
+    """How kernels of a model are stored; `what` says of which."""
+    command.add_argument("--quantize", choices=("int8", "int4"), help=what)

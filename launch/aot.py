@@ -18,10 +18,11 @@ from tabulate import tabulate
 
 from deqa_jax.config import PRESETS, ConfigError, DeqaConfig, MeshConfig, from_published
 from deqa_jax.files import read_json
-from deqa_jax.parameters import parameter_shapes, unflatten
+from deqa_jax.parameters import unflatten
 from deqa_jax.preprocess import PreprocessConfig
 from deqa_jax.prompt import SplitPrompt
-from deqa_jax.scoring_program import programs, scoring_model
+from deqa_jax.quantize import read_scheme
+from deqa_jax.scoring_program import programs, scoring_model, scoring_parameters
 from deqa_jax.sharding import (
     BATCH,
     batch_shards,
@@ -30,7 +31,6 @@ from deqa_jax.sharding import (
     compile_for,
     make_mesh,
     mesh_shapes,
-    parameter_shardings,
 )
 from deqa_jax.train.program import Program
 from deqa_jax.train.settings import TrainConfig
@@ -80,13 +80,17 @@ def plan_scoring(
     dtype: str = "bfloat16",
     mesh: MeshConfig = MeshConfig(data=-1, fsdp=1),
     batch_size: int = 32,
+    quantization: str | None = None,
     search: bool = False,
     largest: bool = False,
 ) -> str:
-    """A report of the scorer's program on chips, like `plan_training`; `batch_size` is of each device."""
+    """A report of the scorer's program on chips, like `plan_training`; `batch_size` is of each device.
+
+    With `quantization`, a scheme of `quantize.SCHEMES`, what it would be if the model were converted to that.
+    """
     topology = open_topology(topology_name)
     return _plan(
-        lambda mesh: scoring_job(model, dtype, mesh, batch_size, topology),
+        lambda mesh: scoring_job(model, dtype, mesh, batch_size, topology, quantization),
         mesh,
         topology,
         search=search,
@@ -147,7 +151,9 @@ class Job(NamedTuple):
 
 def training_job(config: TrainConfig, topology: Topology) -> Job:
     """The training step of a configuration. Raises `ConfigError` if it does not fit the chips."""
-    model, whence = _model(config.model)
+    model, whence, quantization = _model(config.model)
+    if quantization is not None:
+        raise ConfigError(f"{config.model}: its weights are quantised ({quantization}), which is for scoring only")
     mesh = make_mesh(config.mesh, topology.devices)
     before, after = _TRAINING_TEXT
     # The number of steps is a constant in the schedule.
@@ -174,18 +180,22 @@ def training_job(config: TrainConfig, topology: Topology) -> Job:
     )
 
 
-def scoring_job(model_name: str, dtype: str, mesh_config: MeshConfig, batch_size: int, topology: Topology) -> Job:
+def scoring_job(
+    model_name: str,
+    dtype: str,
+    mesh_config: MeshConfig,
+    batch_size: int,
+    topology: Topology,
+    quantization: str | None = None,
+) -> Job:
     """The scorer's program. Raises `ConfigError` if it does not fit the chips."""
-    model, whence = _model(model_name)
+    model, whence, stored = _model(model_name)
+    quantization = quantization or stored
     mesh = make_mesh(mesh_config, topology.devices)
     check_batch("a batch of", batch_size * mesh.size, mesh)
-    shapes = parameter_shapes(model)
-    params = {
-        path: jax.ShapeDtypeStruct(shapes[path], np.dtype(dtype), sharding=sharding)
-        for path, sharding in parameter_shardings(shapes, mesh).items()
-    }
+    params = scoring_parameters(model, dtype, mesh, quantization)
     before, after = _SCORING_TEXT
-    graphdef = nnx.graphdef(scoring_model(model, dtype, mesh))
+    graphdef = nnx.graphdef(scoring_model(model, dtype, mesh, quantization))
     size = model.vision.image_size
     ids = SplitPrompt(tuple(range(before)), tuple(range(after)))
     prefill, run = programs(graphdef, ids, _LEVEL_IDS, _preprocess(model), dtype, "tpu")
@@ -198,24 +208,25 @@ def scoring_job(model_name: str, dtype: str, mesh_config: MeshConfig, batch_size
         return run.trace(unflatten(params), cache, pixels, open_set=False)
 
     state = {"parameters": bytes_per_device(params)}
-    return Job(f"scoring, {whence}, {dtype}", mesh, "image", 1, batch_size, state, trace)
+    kind = f"{dtype}, {quantization} kernels" if quantization else dtype
+    return Job(f"scoring, {whence}, {kind}", mesh, "image", 1, batch_size, state, trace)
 
 
 def _preprocess(model: DeqaConfig) -> PreprocessConfig:
     return PreprocessConfig(size=model.vision.image_size, resample=3, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 
 
-def _model(name: str) -> tuple[DeqaConfig, str]:
-    """A model's configuration, and how to call it; what is not on this machine has the published size."""
+def _model(name: str) -> tuple[DeqaConfig, str, str | None]:
+    """A model's configuration, how to call it, and how it is quantised; one that is not here has the published size."""
     if name in PRESETS:
-        return PRESETS[name], f"size {name}"
+        return PRESETS[name], f"size {name}", None
     folder = Path(name)
     if not folder.is_dir():
-        return PRESETS["full"], f"{name} (not here: taken to have the published size)"
+        return PRESETS["full"], f"{name} (not here: taken to have the published size)", None
     written = read_json(folder / "config.json")
     if "model" in written and "format" in written:
-        return DeqaConfig.from_dict(written["model"]), name
-    return from_published(written), name
+        return DeqaConfig.from_dict(written["model"]), name, read_scheme(written.get("quantization"))
+    return from_published(written), name, None
 
 
 # ---- what it takes ----------------------------------------------------------------------------------------

@@ -96,6 +96,7 @@ def test_the_version_is_that_of_the_distribution(deqa):
         (["score", "x.png", "--model", "M", "--batch-size", "many"], "'many'"),
         (["score", "x.png", "--model", "M", "--batch-size", "2.5"], "'2.5'"),
         (["score", "x.png", "--model", "M", "--frobnicate"], "--frobnicate"),
+        (["convert", "P", "M", "--quantize", "int2"], "'int2'"),
         (["init", "M", "--size", "huge"], "'huge'"),
         (["init", "M", "--seed", "x"], "'x'"),
         (["info"], "MODEL"),
@@ -150,6 +151,7 @@ def test_bad_usage_exits_with_2_and_says_where_help_is(arguments, complaint, deq
         (["labels", "--csv", "F", "--out", "D", "--scale", "5", "1"], "the lowest possible score first"),
         (["labels", "--config", "F", "--seed", "0"], "--seed goes with --csv"),
         (["labels", "--config", "F", "--invert"], "--invert goes with --csv"),
+        (["plan", "--topology", "v5e:1x1", "--config_path", "F", "--quantize", "int8"], "--quantize is for scoring"),
         (["synth", "D", "--families", "jpeg,jpg"], "no family 'jpg'; there are gaussian_blur, motion_blur"),
         (["synth", "D", "--families", ""], "no family named; there are gaussian_blur, motion_blur"),
         (["synth", "D", "--from", "absent"], "absent: no such folder"),
@@ -249,14 +251,18 @@ def test_a_folder_is_scored_as_a_table(deqa, converted, images, expected):
 @pytest.mark.parametrize(
     ("options", "passed"),
     [
-        ([], {"dtype": "auto", "batch_size": None, "prompt": "scorer", "mesh": None}),
+        ([], {"dtype": "auto", "batch_size": None, "prompt": "scorer", "mesh": None, "int8_activations": False}),
         (
-            ["--dtype", "bfloat16", "--batch-size", "4", "--prompt", "eval", "--mesh", "data=2,tensor=4"],
+            [
+                *("--dtype", "bfloat16", "--batch-size", "4", "--prompt", "eval", "--mesh", "data=2,tensor=4"),
+                "--int8-activations",
+            ],
             {
                 "dtype": "bfloat16",
                 "batch_size": 4,
                 "prompt": "eval",
                 "mesh": MeshConfig(data=2, fsdp=1, tensor=4),
+                "int8_activations": True,
             },
         ),
     ],

@@ -33,3 +33,19 @@ def test_products_in_float32_are_asked_to_be_exact(dtype, exact):
 def test_options_reach_the_compiler():
     function = scoring_jit(lambda x, *, twice: 2 * x if twice else x, "bfloat16", "cpu", static_argnames="twice")
     assert function(jnp.float32(3), twice=True) == 6
+
+
+@pytest.mark.parametrize(
+    ("dtype", "platform", "quantized", "sparing"),
+    [
+        ("float32", "cpu", False, False),
+        ("bfloat16", "cpu", False, True),
+        ("float32", "cpu", True, True),
+        ("bfloat16", "cuda", True, False),
+    ],
+)
+def test_weights_that_are_cast_are_cast_when_they_are_needed(dtype, platform, quantized, sparing, monkeypatch):
+    monkeypatch.setattr(jax, "jit", lambda function, **options: options)
+    found = scoring_jit(jnp.matmul, dtype, platform, quantized=quantized)
+    schedule = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+    assert found == ({"compiler_options": schedule} if sparing else {})

@@ -4,6 +4,7 @@ import jax
 import pytest
 
 from deqa_jax import distributed
+from deqa_jax.config import QuantizedError
 from deqa_jax.failures import explain
 
 LOST = "UNAVAILABLE: connection reset by peer\nand a trace of many lines"
@@ -15,6 +16,7 @@ LOST = "UNAVAILABLE: connection reset by peer\nand a trace of many lines"
         (KeyboardInterrupt(), "interrupted; what was finished is written", 130),
         (FileExistsError("M exists already"), "M exists already", 2),
         (NotADirectoryError(20, "Not a directory", "file/M"), "file/M: Not a directory", 2),
+        (QuantizedError("M: its weights are quantised"), "M: its weights are quantised", 2),
         (PermissionError(13, "Permission denied", "M"), "M: Permission denied", 1),
         (OSError(28, "No space left on device"), "[Errno 28] No space left on device", 1),
         (ChildProcessError("a process was ended"), "a process was ended", 1),

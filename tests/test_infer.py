@@ -53,7 +53,7 @@ def unused_model(monkeypatch):
 class Pretended:
     """Stands for a scorer where only files matter: its numbers are made of an image's bytes, and it counts."""
 
-    identity, prompt, dtype, batch_size = "cafe", "eval", "float32", 1
+    identity, prompt, dtype, batch_size, int8_activations = "cafe", "eval", "float32", 1, False
 
     def __init__(self, **changed):
         self.__dict__.update(changed)
@@ -217,14 +217,18 @@ def test_the_command_follows_the_eval_prompt(deqa, scorer, converted, pictures, 
 @pytest.mark.parametrize(
     ("options", "passed"),
     [
-        ([], {"dtype": "auto", "batch_size": None, "prompt": "eval", "mesh": None}),
+        ([], {"dtype": "auto", "batch_size": None, "prompt": "eval", "mesh": None, "int8_activations": False}),
         (
-            ["--dtype", "bfloat16", "--batch-size", "4", "--prompt", "scorer", "--mesh", "data=2,tensor=4"],
+            [
+                *("--dtype", "bfloat16", "--batch-size", "4", "--prompt", "scorer", "--mesh", "data=2,tensor=4"),
+                "--int8-activations",
+            ],
             {
                 "dtype": "bfloat16",
                 "batch_size": 4,
                 "prompt": "scorer",
                 "mesh": MeshConfig(data=2, fsdp=1, tensor=4),
+                "int8_activations": True,
             },
         ),
     ],
@@ -669,6 +673,7 @@ def another(**changed):
         ("prompt", "scorer", r"prompt eval \(now scorer\)"),
         ("dtype", "bfloat16", r"dtype float32 \(now bfloat16\)"),
         ("batch_size", 32, r"batch_size 1 \(now 32\)"),
+        ("int8_activations", True, r"int8_activations None \(now True\)"),
     ],
 )
 def test_another_model_or_other_options_are_refused(field, value, match, finished):

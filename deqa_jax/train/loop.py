@@ -113,6 +113,7 @@ class _Run:
         mesh = make_mesh(config.mesh)
         with first_goes_first():
             self.checkpoint = Checkpoint.open(resolve(config.model))
+        self.checkpoint.require_exact("training")
         preprocess = self.checkpoint.preprocess()
         _, level_ids = check_fit(self.checkpoint, preprocess, "eval")
         self.data = TrainingData(

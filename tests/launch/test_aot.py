@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from small_runs import TINY, write_tiny
 
 from deqa_jax.config import PRESETS, ConfigError, MeshConfig
+from deqa_jax.convert.to_jax import convert
 from deqa_jax.launch import aot
 from deqa_jax.launch.aot import PlanError
 from deqa_jax.launch.hlo import Traffic, count_collectives
@@ -163,6 +164,27 @@ def test_what_is_not_here_has_the_published_size(tmp_path, monkeypatch):
     assert "not here: taken to have the published size" in job.name
     count = sum(math.prod(shape) for shape in parameter_shapes(PRESETS["full"]).values())
     assert job.state["parameters"] == pytest.approx(2 * count / 4, rel=0.01)
+
+
+def test_a_quantised_model_is_planned_as_such(tmp_path, model):
+    topology = aot.open_topology("v5e:1x1")
+    convert(str(model), tmp_path / "Q", quantization="int4")
+
+    def job(name, quantization=None):
+        return aot.scoring_job(str(name), "bfloat16", MeshConfig(), 1, topology, quantization)
+
+    exact, stored, asked = job(model), job(tmp_path / "Q"), job(model, "int4")
+    assert stored.name.endswith("bfloat16, int4 kernels")
+    assert stored.state == asked.state
+    assert stored.state["parameters"] < exact.state["parameters"]
+    assert aot.compile_job(stored, topology, 1).peak > 0
+
+
+def test_a_quantised_model_is_not_planned_to_be_trained(tmp_path, model, configuration):
+    convert(str(model), tmp_path / "Q", quantization="int8")
+    config = dataclasses.replace(read_config(configuration()), model=str(tmp_path / "Q"))
+    with pytest.raises(ConfigError, match="its weights are quantised"):
+        aot.training_job(config, aot.open_topology("v5e:1x1"))
 
 
 # ---- what is made of compiled programs ---------------------------------------------------------------------

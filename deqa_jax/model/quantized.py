@@ -1,0 +1,66 @@
+"""Dense layers with kernels of eight or four bits (`deqa_jax.quantize`), for scoring.
+
+A quantised dense layer has its kernel where it was, packed, and a parameter more:
+
+    language/layers/down/kernel  [L, in, out]   →   language/layers/down/kernel        int8     [L, rows, out]
+                                                    language/layers/down/kernel_scale  float32  [L, groups, out]
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from deqa_jax.model.deqa import Deqa
+from deqa_jax.quantize import KERNEL_SCALE, dequantize, integer_product, is_quantized, quantized_shapes
+
+
+class QuantizedLinear(nnx.Module):
+    """A dense layer of few bits. Made of an abstract layer: its parameters are shapes.
+
+    With int8, scales are multiplied in behind the product: the compiler can cast the kernel as it reads it, and what it
+    casts is exact. With `int8_activations` the product itself is in int8, each token with a scale of its own. With
+    int4, whose scales change along the inputs, the kernel is made whole first.
+    """
+
+    def __init__(self, base: nnx.Linear, scheme: str, *, int8_activations: bool):
+        # Any path of a kernel in a stack.
+        path = ("layers", "kernel")
+        shapes = quantized_shapes({path: base.kernel.shape}, scheme)
+        self.kernel = nnx.Param(jax.ShapeDtypeStruct(shapes[path], jnp.int8))
+        self.kernel_scale = nnx.Param(jax.ShapeDtypeStruct(shapes["layers", KERNEL_SCALE], jnp.float32))
+        self.bias = base.bias
+        self.dtype = base.dtype
+        self.inputs = base.kernel.shape[-2]
+        self.scheme = scheme
+        self.int8_activations = int8_activations
+
+    def __call__(self, x: Float[Array, "*N I"]) -> Float[Array, "*N O"]:
+        kernel, scale = self.kernel[...], self.kernel_scale[...]
+        last_axis = (1,) * (x.ndim - 1) + (-1,)
+        x = x.astype(self.dtype)
+        if self.int8_activations:
+            y = integer_product(x, kernel, scale)
+        elif self.scheme == "int8":
+            y = jnp.matmul(x, kernel.astype(self.dtype), preferred_element_type=jnp.float32) * scale.reshape(last_axis)
+        else:
+            whole = dequantize(kernel, scale, self.scheme, self.inputs).astype(self.dtype)
+            y = jnp.matmul(x, whole, preferred_element_type=jnp.float32)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(jnp.float32).reshape(last_axis)
+        return y.astype(self.dtype)
+
+
+def wrap(model: Deqa, scheme: str, *, int8_activations: bool = False) -> Deqa:
+    """Makes the dense layers of an abstract model's blocks quantised ones, in place."""
+    layers = [
+        (path, module)
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, nnx.Linear) and is_quantized((*map(str, path), "kernel"))
+    ]
+    for path, layer in layers:
+        parent = model
+        for part in path[:-1]:
+            parent = getattr(parent, str(part))
+        setattr(parent, str(path[-1]), QuantizedLinear(layer, scheme, int8_activations=int8_activations))
+    return model
