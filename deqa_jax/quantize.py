@@ -157,7 +157,7 @@ def quantize_tokens(x: Float[Array, "*N I"]) -> tuple[Int8[Array, "*N I"], Float
 def integer_product(
     x: Float[Array, "*N I"], kernel: Int8[Array, "I O"], scale: Float[Array, "1 O"]
 ) -> Float[Array, "*N O"]:
-    """x times an int8 kernel, float32, of int8 products summed in int32 (ZeroQuant, https://arxiv.org/abs/2206.01861)."""
+    """x times an int8 kernel, float32: int8 products, summed in int32 (as in https://arxiv.org/abs/2206.01861)."""
     whole, token_scale = quantize_tokens(x)
     dimensions = (((x.ndim - 1,), (0,)), ((), ()))
     total = jax.lax.dot_general(whole, kernel, dimensions, preferred_element_type=jnp.int32)
