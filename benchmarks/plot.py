@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from deqa_jax.bench import STAGES
+from deqa_jax.bench import STAGES, precision
 from deqa_jax.config import ConfigError
 from deqa_jax.files import read_json, refuse_existing
 
@@ -22,7 +22,7 @@ class Point(NamedTuple):
     """One row of one file.
 
     Attributes:
-      series: what it is of: device, model and dtype; of several files, which one too.
+      series: what it is of: device, model, dtype and kernels; of several files, which one too.
       batch_size: images at once.
       images_per_second: of the model alone.
       milliseconds: an image, by stage.
@@ -54,7 +54,7 @@ def _point(name: str, row: dict[str, Any]) -> Point:
     milliseconds = {stage: 1e3 * float(row["seconds"][stage]["median"]) / batch_size for stage in STAGES}
     if not all(0 < number < math.inf for number in (batch_size, rate, *milliseconds.values())):
         raise ValueError("a figure that none can be")
-    return Point(f"{name}, {row['model']}, {row['dtype']}", batch_size, rate, milliseconds)
+    return Point(f"{name}, {row['model']}, {precision(row)}", batch_size, rate, milliseconds)
 
 
 def draw(points: Sequence[Point], output: Path) -> None:

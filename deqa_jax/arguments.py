@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import NoReturn
 
 from deqa_jax.option_values import column, names, number, seed, share, whole_number, whole_numbers
-from deqa_jax.shared_options import MOST_IMAGES, add_dtype, add_mesh, add_model, add_quantize, add_stored_dtype
+from deqa_jax.shared_options import (
+    MOST_IMAGES,
+    add_dtype,
+    add_int8_activations,
+    add_mesh,
+    add_model,
+    add_quantize,
+    add_stored_dtype,
+)
 
 USAGE_STATUS = 2
 """What bad usage exits with."""
@@ -220,6 +228,8 @@ def _bench(bench: argparse.ArgumentParser) -> None:
         help="images at once, over all devices; a table each (default: 1 on CPU, 32 for each device elsewhere)",
     )
     add_dtype(bench)
+    add_quantize(bench, "store the kernels of random weights in 8 or 4 bits")
+    add_int8_activations(bench)
     add_mesh(bench)
     bench.add_argument(
         "--repeats",

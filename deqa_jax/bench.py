@@ -1,6 +1,7 @@
 """`deqa bench`: how fast scoring is here, from files to scores and by stage, and how much of the machine it uses."""
 
 import dataclasses
+import functools
 import importlib.metadata
 import itertools
 import logging
@@ -61,8 +62,7 @@ class BenchSettings:
     """How to measure.
 
     Attributes:
-      dtype: that of `Scorer`.
-      mesh: that of `Scorer`.
+      dtype, mesh, int8_activations: those of `Scorer`.
       batch_sizes: a row each; without any, the scorer's own choice.
       repeats: runs that each median is of.
       images: files from end to end; without it 64, or four batches if they are more.
@@ -70,6 +70,7 @@ class BenchSettings:
 
     dtype: str = "auto"
     mesh: MeshConfig | None = None
+    int8_activations: bool = False
     batch_sizes: tuple[int, ...] = ()
     repeats: int = 7
     images: int | None = None
@@ -86,12 +87,19 @@ def measure(models: Mapping[str, Checkpoint], settings: BenchSettings, folder: P
       folder: where photographs are written.
     """
     mesh, dtype = scoring_mesh(settings.mesh), scoring_dtype(settings.dtype, jax.local_devices()[0].platform)
-    _logger.info("a matrix product in %s", dtype)
+    products = "int8" if settings.int8_activations else dtype
+    _logger.info("a matrix product in %s", products)
     # In front of any model, so that it takes part in no model's peak of memory.
-    rate = matmul_rate(dtype, mesh, settings.repeats)
+    rate = matmul_rate(products, mesh, settings.repeats)
     photographs = write_photographs(folder)
     for name, checkpoint in models.items():
-        about: Row = {"model": name, "dtype": dtype, "mesh": dict(mesh.shape)}
+        about: Row = {
+            "model": name,
+            "dtype": dtype,
+            "quantization": checkpoint.quantization,
+            "int8_activations": settings.int8_activations,
+            "mesh": dict(mesh.shape),
+        }
         _logger.info("%s: loading", name)
         try:
             subject = Subject(checkpoint, settings, rate, photographs)
@@ -108,6 +116,16 @@ def measure(models: Mapping[str, Checkpoint], settings: BenchSettings, folder: P
             yield row
         # Before the next one is there: the name alone would keep it.
         del subject
+
+
+def precision(row: Row) -> str:
+    """What a row's products and kernels are in.
+
+    >>> precision({"dtype": "bfloat16", "quantization": "int8", "int8_activations": True})
+    'bfloat16, int8 kernels and activations'
+    """
+    kernels = f", {row['quantization']} kernels" if row["quantization"] else ""
+    return row["dtype"] + kernels + (" and activations" if row["int8_activations"] else "")
 
 
 def check_settings(settings: BenchSettings) -> Mesh:
@@ -138,10 +156,17 @@ class Subject:
         preprocess = checkpoint.preprocess()
         ids, level_ids = check_fit(checkpoint, preprocess, _PROMPT)
         before, visual, after = len(ids.before), checkpoint.config.num_visual_tokens, len(ids.after)
-        self.scorer = Scorer(checkpoint, dtype=settings.dtype, prompt=_PROMPT, mesh=settings.mesh)
+        self.scorer = Scorer(
+            checkpoint,
+            dtype=settings.dtype,
+            prompt=_PROMPT,
+            mesh=settings.mesh,
+            int8_activations=settings.int8_activations,
+        )
         graphdef, state = nnx.split(self.scorer.model)
         self._params = nnx.to_pure_dict(state)
-        self._programs = stage_programs(graphdef, ids, level_ids, preprocess, self.scorer.dtype)
+        quantized = checkpoint.quantization is not None
+        self._programs = stage_programs(graphdef, ids, level_ids, preprocess, self.scorer.dtype, quantized=quantized)
         self._flops = flops(checkpoint.config, before, after)
         self._settings, self._matmul_rate, self._photographs = settings, matmul_rate, photographs
         self._squares = np.stack([load_square(path, preprocess) for path in photographs])
@@ -212,6 +237,8 @@ def stage_programs(
     level_ids: tuple[int, ...],
     preprocess: PreprocessConfig,
     dtype: str,
+    *,
+    quantized: bool = False,
 ) -> dict[str, Wrapped]:
     """The scorer's program in parts, each compiled by itself: `prefix`, and `STAGES`.
 
@@ -236,7 +263,10 @@ def stage_programs(
 
     parts: tuple[Callable[..., Any], ...] = (prefix, vision, abstractor, language, read)
     backend = jax.local_devices()[0].platform
-    return {stage: scoring_jit(part, dtype, backend) for stage, part in zip(("prefix", *STAGES), parts, strict=True)}
+    return {
+        stage: scoring_jit(part, dtype, backend, quantized=quantized)
+        for stage, part in zip(("prefix", *STAGES), parts, strict=True)
+    }
 
 
 # ---- single measurements ----------------------------------------------------------------------------------
@@ -257,7 +287,7 @@ def timed(function: Callable[..., Any], *arguments: Any, repeats: int) -> tuple[
 
 
 def matmul_rate(dtype: str, mesh: Mesh, repeats: int) -> float:
-    """Operations per second of a large matrix product on each device, all devices together."""
+    """Operations per second of a large matrix product on each device, all devices together; int8 sums up in int32."""
     backend = mesh.devices.flat[0].platform
     rows, inner, columns = _MATMUL.get(backend, _ACCELERATOR_MATMUL)
     random = np.random.default_rng(0)
@@ -265,11 +295,13 @@ def matmul_rate(dtype: str, mesh: Mesh, repeats: int) -> float:
     def matrix(shape: tuple[int, int], split: PartitionSpec) -> jax.Array:
         # Around zero, as a model's are: the power that a product takes, and so its clock, depend on the values.
         values = random.random(shape, np.float32) - np.float32(0.5)
-        return jax.device_put(values.astype(dtype), NamedSharding(mesh, split))
+        values = (255 * values if dtype == "int8" else values).astype(dtype)
+        return jax.device_put(values, NamedSharding(mesh, split))
 
     left = matrix((rows * mesh.size, inner), PartitionSpec(mesh.axis_names))
     right = matrix((inner, columns), PartitionSpec())
-    seconds, _ = timed(scoring_jit(jnp.matmul, dtype, backend), left, right, repeats=repeats)
+    product = functools.partial(jnp.matmul, preferred_element_type=jnp.int32 if dtype == "int8" else None)
+    seconds, _ = timed(scoring_jit(product, dtype, backend), left, right, repeats=repeats)
     return 2 * rows * mesh.size * inner * columns / seconds["median"]
 
 

@@ -2,12 +2,12 @@
 
 from tabulate import tabulate
 
-from deqa_jax.bench import PHOTOGRAPH, STAGES, Row
+from deqa_jax.bench import PHOTOGRAPH, STAGES, Row, precision
 
 
 def as_table(row: Row) -> str:
     """A row for a reader: the stages, then everything else."""
-    title = f"{row['model']}, batch {row['batch_size'] or '-'}, {row['dtype']}"
+    title = f"{row['model']}, batch {row['batch_size'] or '-'}, {precision(row)}"
     if row["error"]:
         return f"{title}: {row['error']}"
     seconds, flop, batch_size = row["seconds"], row["flop_per_image"], row["batch_size"]

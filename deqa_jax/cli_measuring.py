@@ -100,6 +100,8 @@ def plan(options: argparse.Namespace) -> int:
 
 def bench(options: argparse.Namespace) -> int:
     """Runs `deqa bench`; returns the status to exit with."""
+    if options.quantize is not None and options.model is not None:
+        return fail("--quantize is for random weights; `deqa convert --quantize` makes such a model", USAGE_STATUS)
     from deqa_jax.bench import BenchSettings, check_settings, machine, measure
     from deqa_jax.bench_table import as_table
     from deqa_jax.checkpoint import CheckpointError
@@ -110,6 +112,7 @@ def bench(options: argparse.Namespace) -> int:
     settings = BenchSettings(
         dtype=options.dtype,
         mesh=options.mesh and MeshConfig(**options.mesh),
+        int8_activations=options.int8_activations,
         batch_sizes=tuple(dict.fromkeys(options.batch_size or ())),
         repeats=options.repeats,
         images=options.images,
@@ -126,6 +129,8 @@ def bench(options: argparse.Namespace) -> int:
             models = _models_to_measure(options, folder)
         except (CheckpointError, ConversionError) as error:
             return fail(str(error), FAILED)
+        if options.int8_activations and any(model.quantization != "int8" for model in models.values()):
+            return fail("--int8-activations needs int8 kernels: --quantize int8, or a --model of such", USAGE_STATUS)
         if options.json:
             # However this ends, what was measured is said.
             stack.callback(lambda: print(json.dumps({"machine": about, "repeats": options.repeats, "rows": rows})))
@@ -152,5 +157,5 @@ def _models_to_measure(options: argparse.Namespace, folder: Path) -> "dict[str, 
     models: dict[str, Checkpoint] = {}
     for size in options.size or ["small"]:
         (folder / size).mkdir(exist_ok=True)
-        models[size] = RandomCheckpoint.make(PRESETS[size], folder / size)
+        models[size] = RandomCheckpoint.make(PRESETS[size], folder / size, options.quantize)
     return models

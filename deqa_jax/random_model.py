@@ -31,6 +31,7 @@ from deqa_jax.model.deqa import Deqa
 from deqa_jax.model.layers import EMBEDDING_STD
 from deqa_jax.parameters import Leaves, ParamPath, flatten, parameter_shapes
 from deqa_jax.prompt import LEVELS, PROMPTS, SYSTEM_SENTENCES
+from deqa_jax.quantize import KERNEL_SCALE, is_quantized, parameter_dtype, quantize
 
 PATCH_FILTERS = ("vision", "patch_embedding", "kernel")
 EMBEDDING = ("language", "embedding")
@@ -142,16 +143,23 @@ class RandomCheckpoint(Checkpoint):
     """
 
     @classmethod
-    def make(cls, config: DeqaConfig, folder: Path) -> "RandomCheckpoint":
-        """A model's checkpoint, whose side files alone are written to an empty folder."""
+    def make(cls, config: DeqaConfig, folder: Path, quantization: str | None = None) -> "RandomCheckpoint":
+        """A model's checkpoint, whose side files alone are written to an empty folder.
+
+        With `quantization`, a scheme of `quantize.SCHEMES`, as if the same weights had been converted to that.
+        """
         for name, content in random_side_files(config.vision.image_size).items():
             (folder / name).write_bytes(content)
-        return cls(folder, config, None, {"source": "random weights, scores mean nothing"})
+        provenance = {"source": "random weights, scores mean nothing"}
+        return cls(folder, config, None, provenance, quantization=quantization)
 
     @functools.cached_property
     def own(self) -> dict[ParamPath, jax.ShapeDtypeStruct]:
         """Shape and dtype of every parameter."""
-        return {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in parameter_shapes(self.config).items()}
+        return {
+            path: jax.ShapeDtypeStruct(shape, parameter_dtype(path, self.quantization, "float32"))
+            for path, shape in parameter_shapes(self.config, self.quantization).items()
+        }
 
     def restore(
         self,
@@ -164,7 +172,7 @@ class RandomCheckpoint(Checkpoint):
         leaves: Leaves = {}
         for path in self.own if only is None else only:
             shape = self.own[path].shape
-            block = _random_block(path, shape[1:] if "layers" in path else shape).astype(dtype or np.float32)
+            block = self._block(path).astype(parameter_dtype(path, self.quantization, dtype or "float32"))
             if shardings is None:
                 leaves[path] = np.broadcast_to(block, shape).copy()
             else:
@@ -172,6 +180,16 @@ class RandomCheckpoint(Checkpoint):
                 # Arrays of one block broadcast to any number of others.
                 leaves[path] = repeat(block.reshape((1,) * (len(shape) - block.ndim) + block.shape))
         return leaves
+
+    def _block(self, path: ParamPath) -> np.ndarray:
+        """The values of one block, or of what is no stack."""
+        whole = (*path[:-1], "kernel") if path[-1] == KERNEL_SCALE else path
+        shape = parameter_shapes(self.config)[whole]
+        block = _random_block(whole, shape[1:] if "layers" in path else shape)
+        if self.quantization is None or not is_quantized(whole):
+            return block
+        kernel, scale = quantize(block, self.quantization)
+        return kernel if path == whole else scale
 
 
 def _random_block(path: ParamPath, shape: tuple[int, ...]) -> Float[np.ndarray, "..."]:

@@ -45,7 +45,7 @@ def add_dtype(command: argparse.ArgumentParser) -> None:
 def add_int8_activations(command: argparse.ArgumentParser) -> None:
     """Whether products of int8 kernels are in int8."""
     command.add_argument(
-        "--int8-activations", action="store_true", help="of int8 checkpoints: round activations too, multiply in int8"
+        "--int8-activations", action="store_true", help="of int8 kernels: round activations too, multiply in int8"
     )
 
 

@@ -27,6 +27,8 @@ SINGLE = (
     "matmul_flop_per_second",
     "compile_seconds",
 )
+# What a row is of.
+OF = {"model", "batch_size", "dtype", "quantization", "int8_activations", "mesh", "error"}
 FULL = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.\nand a trace")
 
 
@@ -74,9 +76,10 @@ def test_the_json_says_where_and_how(printed):
 
 
 def test_a_row_says_what_it_is_of(row):
-    found = {name: row[name] for name in ("model", "batch_size", "dtype", "mesh", "error")}
-    mesh = {"data": 1, "fsdp": 1, "tensor": 1}
-    assert found == {"model": "tiny", "batch_size": 3, "dtype": "float32", "mesh": mesh, "error": None}
+    assert {name: row[name] for name in OF} == {
+        **{"model": "tiny", "batch_size": 3, "mesh": {"data": 1, "fsdp": 1, "tensor": 1}, "error": None},
+        **{"dtype": "float32", "quantization": None, "int8_activations": False},
+    }
 
 
 def test_figures_of_a_row_hang_together(row):
@@ -104,9 +107,22 @@ def test_operations_are_those_of_the_tokens(row):
     assert row["flop_per_image_uncached"] == sum(whole.values())
 
 
-def test_the_stages_of_a_model_make_the_scores_of_the_whole(printed, tmp_path, monkeypatch):
+def test_quantised_kernels_are_measured_as_such(deqa, row):
+    options = ("--quantize", "int8", "--int8-activations", "--batch-size", 1, "--repeats", 1, "--images", 2)
+    status, out, err = deqa("bench", "--size", "tiny", *options, "--json")
+    assert status == 0
+    assert "\ntiny, batch 1, float32, int8 kernels and activations: " in err
+    (found,) = json.loads(out)["rows"]
+    assert found.keys() == row.keys()
+    assert (found["quantization"], found["int8_activations"], found["error"]) == ("int8", True, None)
+    assert found["flop_per_image"] == row["flop_per_image"]
+    assert all(found[name] > 0 for name in SINGLE)
+
+
+@pytest.mark.parametrize("scheme", [None, "int8"])
+def test_the_stages_of_a_model_make_the_scores_of_the_whole(scheme, printed, tmp_path, monkeypatch):
     """In five programs, what one computes, with the preprocessing and the parameters of the checkpoint."""
-    checkpoint, paths = RandomCheckpoint.make(TINY, tmp_path), bench.write_photographs(tmp_path)[:3]
+    checkpoint, paths = RandomCheckpoint.make(TINY, tmp_path, scheme), bench.write_photographs(tmp_path)[:3]
     results = {}
 
     def timed(function, *arguments, repeats):
@@ -157,6 +173,21 @@ def test_a_matrix_product_is_measured_on_all_devices(monkeypatch):
     mesh = scoring_mesh(bench.MeshConfig(data=2, fsdp=1, tensor=4))
     assert bench.matmul_rate("bfloat16", mesh, 1) == 8 * 2 * 8 * 16 * 8 / 0.5
     assert shapes == [(8, 16), (16, 8)]
+
+
+def test_a_matrix_product_in_int8_is_one_of_whole_numbers(monkeypatch):
+    products = []
+
+    def timed(function, left, right, *, repeats):
+        products.append((left, right, function(left, right)))
+        return {"median": 0.5}, None
+
+    monkeypatch.setattr(bench, "timed", timed)
+    assert bench.matmul_rate("int8", scoring_mesh(None), 1) == 2 * 8 * 16 * 8 / 0.5
+    ((left, right, product),) = products
+    assert (left.dtype, right.dtype, product.dtype) == (np.int8, np.int8, np.int32)
+    assert np.ptp(np.asarray(left, int)) > 200
+    np.testing.assert_array_equal(product, np.asarray(left, int) @ np.asarray(right, int))
 
 
 # ---- as a table -------------------------------------------------------------------------------------------
@@ -223,7 +254,7 @@ def subjects(row, monkeypatch):
             def row(self, batch_size):
                 if isinstance(result := self.found.get(batch_size, {}), Exception):
                     raise result
-                return {name: row[name] for name in row.keys() - {"model", "batch_size", "dtype", "mesh", "error"}}
+                return {name: row[name] for name in row.keys() - OF}
 
         monkeypatch.setattr(bench, "Subject", Subject)
 
@@ -238,7 +269,7 @@ def test_a_batch_too_large_loses_no_other(deqa, subjects):
     assert [row["batch_size"] for row in rows] == [1, 2, 4]
     assert [row["error"] is None for row in rows] == [True, False, True]
     assert rows[1]["error"].startswith("not enough memory; take smaller batches")
-    assert rows[1].keys() == {"model", "dtype", "mesh", "batch_size", "error"}
+    assert rows[1].keys() == OF
     assert "deqa: tiny: not enough memory" in err
 
     status, out, _ = deqa("bench", "--size", "tiny", "--batch-size", "1,2,4")
@@ -289,6 +320,37 @@ def test_an_unknown_model_is_a_sentence(model, deqa):
     assert (status, out) == (1, "")
     assert err.startswith("deqa: ")
     assert model in err
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--quantize", "int8", "--model", "M"], "--quantize is for random weights"),
+        (["--int8-activations"], "--int8-activations needs int8 kernels"),
+        (["--int8-activations", "--quantize", "int4"], "--int8-activations needs int8 kernels"),
+    ],
+    ids=" ".join,
+)
+def test_kernels_that_cannot_be_are_bad_usage(options, complaint, deqa):
+    status, out, err = deqa("bench", *options)
+    assert (status, out) == (2, "")
+    assert complaint in err
+
+
+def test_int8_activations_of_a_whole_model_are_bad_usage(deqa, converted):
+    status, out, err = deqa("bench", "--model", converted, "--int8-activations", "--json")
+    assert (status, out) == (2, "")
+    assert err.startswith("deqa: --int8-activations needs int8 kernels")
+
+
+def test_random_weights_are_quantised_as_asked(deqa, monkeypatch):
+    calls = []
+    monkeypatch.setattr(bench, "measure", lambda models, settings, _: calls.append((models, settings)) or iter(()))
+    assert deqa("bench", "--size", "tiny,test", "--quantize", "int8", "--int8-activations")[0] == 0
+    assert deqa("bench", "--size", "tiny", "--quantize", "int4")[0] == 0
+    found = [{name: model.quantization for name, model in models.items()} for models, _ in calls]
+    assert found == [{"tiny": "int8", "test": "int8"}, {"tiny": "int4"}]
+    assert [settings.int8_activations for _, settings in calls] == [True, False]
 
 
 def test_options_reach_the_measurement(deqa, converted, monkeypatch):

@@ -13,6 +13,7 @@ from deqa_jax.config import PRESETS, MeshConfig
 from deqa_jax.parameters import parameter_shapes
 from deqa_jax.preprocess import PreprocessConfig
 from deqa_jax.prompt import IMAGE_ID, LEVELS, PROMPTS, Tokenizer
+from deqa_jax.quantize import KERNEL_SCALE, SCHEMES, is_quantized, parameter_dtype, quantize
 from deqa_jax.random_model import RandomCheckpoint, init, random_side_files
 from deqa_jax.scorer import Scorer
 from deqa_jax.sharding import make_mesh, parameter_shardings
@@ -168,6 +169,26 @@ def test_blocks_of_an_unwritten_checkpoint_lie_apart(unwritten):
     kernel = unwritten.restore(only=[path])[path]
     assert kernel.flags.c_contiguous
     assert kernel.flags.owndata
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_an_unwritten_checkpoint_is_quantised_as_a_written_one(scheme, unwritten, tmp_path):
+    checkpoint = RandomCheckpoint.make(TINY, tmp_path, scheme)
+    leaves, whole = checkpoint.restore("bfloat16"), unwritten.restore()
+    assert {path: leaf.shape for path, leaf in leaves.items()} == parameter_shapes(TINY, scheme)
+    assert {path: leaf.dtype for path, leaf in checkpoint.restore().items()} == {
+        path: leaf.dtype for path, leaf in checkpoint.stored.items()
+    }
+    for path, leaf in leaves.items():
+        assert leaf.dtype == parameter_dtype(path, scheme, "bfloat16")
+        if is_quantized(path):
+            kernel, scale = quantize(whole[path][-1], scheme)
+            np.testing.assert_array_equal(leaf[-1], kernel)
+            np.testing.assert_array_equal(leaves[*path[:-1], KERNEL_SCALE][-1], scale)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    assert same(
+        checkpoint.restore(), checkpoint.restore(shardings=parameter_shardings(parameter_shapes(TINY, scheme), mesh))
+    )
 
 
 def test_an_unwritten_checkpoint_is_split_over_devices(unwritten):

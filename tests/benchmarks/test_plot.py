@@ -26,10 +26,11 @@ def plot():
 def row(batch_size, **changes):
     seconds = {stage: {"median": batch_size * 0.1 * (i + 1)} for i, stage in enumerate(STAGES)}
     figures = {"images_per_second": 2.5 * batch_size, "seconds": seconds}
-    return {"model": "small", "dtype": "float32", "batch_size": batch_size, "error": None, **figures, **changes}
+    return {**OF, "batch_size": batch_size, "error": None, **figures, **changes}
 
 
-FAILED = {"model": "small", "dtype": "float32", "batch_size": 99, "error": "not enough memory"}
+OF = {"model": "small", "dtype": "float32", "quantization": None, "int8_activations": False}
+FAILED = {**OF, "batch_size": 99, "error": "not enough memory"}
 
 
 def write(path, *rows):
@@ -43,13 +44,15 @@ def test_rows_with_figures_are_drawn(plot, tmp_path, monkeypatch):
     monkeypatch.setattr(
         Figure, "savefig", lambda self, *given, **named: drawn.append(self) or savefig(self, *given, **named)
     )
-    first, second = write(tmp_path / "a.json", row(4), FAILED, row(1)), write(tmp_path / "b.json", row(1))
+    first, second = write(tmp_path / "a.json", row(4), FAILED, row(1)), tmp_path / "b.json"
+    write(second, row(1, quantization="int4"))
     plot.main([str(first), str(second), "--output", str(tmp_path / "out.png")])
     with Image.open(tmp_path / "out.png") as picture:
         assert picture.format == "PNG"
     rates, stages = drawn[0].axes
     lines = {line.get_label(): line.get_xydata().tolist() for line in rates.lines}
-    assert lines == {"a: cpu, small, float32": [[1, 2.5], [4, 10]], "b: cpu, small, float32": [[1, 2.5]]}
+    expected = {"a: cpu, small, float32": [[1, 2.5], [4, 10]], "b: cpu, small, float32, int4 kernels": [[1, 2.5]]}
+    assert lines == expected
     bars = [(bar.get_y(), bar.get_height()) for bar in stages.patches]
     assert len(bars) == 3 * len(STAGES)
     # Milliseconds an image, whatever the batch, one stage on the other.
