@@ -165,6 +165,7 @@ def _open_scorer(options: argparse.Namespace) -> "Scorer | str":
             prompt=options.prompt,
             mesh=options.mesh and MeshConfig(**options.mesh),
             int8_activations=options.int8_activations,
+            input_size_limit=options.input_size_limit,
         )
     except (CheckpointError, ConfigError, ConversionError, PromptError) as error:
         return str(error)

@@ -30,6 +30,13 @@ def number(text: str) -> float:
     return value
 
 
+def megapixels(text: str) -> float:
+    """A number above 0."""
+    if not (value := number(text)) > 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of megapixels above 0")
+    return value
+
+
 def share(text: str) -> float:
     """A number from 0 to 1."""
     if not 0 <= (value := number(text)) <= 1:

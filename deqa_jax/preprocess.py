@@ -99,39 +99,50 @@ def _is_colour(value: Any) -> bool:
     )
 
 
-def load_square(image: ImageLike, config: PreprocessConfig) -> UInt8[np.ndarray, "H H 3"]:
+def load_square(
+    image: ImageLike, config: PreprocessConfig, *, most_pixels: float = math.inf
+) -> UInt8[np.ndarray, "H H 3"]:
     """Reads an image, pads it to a centred square and resizes it.
 
     Args:
       image: a path, the bytes of an image file, a PIL image of any mode, or a uint8 array `[H, W, 3]` (also `[H, W]`,
         `[H, W, 1]`, `[H, W, 4]`).
       config: the checkpoint's preprocessing.
+      most_pixels: of an image that has more, nothing is decoded.
 
     Returns:
       uint8 `[size, size, 3]`, RGB. Alpha is dropped and EXIF orientation ignored, as in training.
 
     Raises:
-      ImageError: the file is missing, damaged, larger than Pillow's limit, or no image.
+      ImageError: the file is missing, damaged, larger than Pillow's limit or `most_pixels`, or no image.
     """
-    rgb = load_rgb(image)
+    rgb = load_rgb(image, most_pixels=most_pixels)
     with _naming(image):
         return _square(rgb, config)
 
 
-def load_rgb(image: ImageLike, *, enough: int | None = None) -> Image.Image:
+def load_rgb(image: ImageLike, *, enough: int | None = None, most_pixels: float = math.inf) -> Image.Image:
     """Decodes an image as `load_square` does, in its own size. Raises `ImageError` likewise.
 
     With `enough`, a JPEG file may come smaller, and much faster, as long as no side has fewer pixels than that.
     """
     if isinstance(image, np.ndarray):
-        return _from_array(image)
+        image = _from_array(image)
     with _naming(image):
         if isinstance(image, Image.Image):
+            _check_size(image, most_pixels)
             return _to_rgb(image)
         with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=_formats()) as opened:
+            _check_size(opened, most_pixels)
             if enough is not None:
                 opened.draft(None, (enough, enough))
             return _to_rgb(opened)
+
+
+def _check_size(image: Image.Image, most_pixels: float) -> None:
+    width, height = image.size
+    if width * height > most_pixels:
+        raise ImageError(f"{width}x{height} pixels; the limit is {most_pixels / 1e6:g} megapixels")
 
 
 @contextlib.contextmanager

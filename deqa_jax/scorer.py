@@ -86,6 +86,7 @@ class Scorer:
         prompt: str = "scorer",
         mesh: MeshConfig | None = None,
         int8_activations: bool = False,
+        input_size_limit: float | None = None,
     ):
         """Loads the parameters, and computes keys and values of the text in front of the image.
 
@@ -99,6 +100,8 @@ class Scorer:
             a batch; on CPU there is one.
           int8_activations: for a checkpoint of int8 kernels: multiply in int8 instead of `dtype`, each token's
             activations rounded to 255 steps, which costs accuracy.
+          input_size_limit: megapixels; images that have more are refused before they are decoded. Pillow's own limit,
+            179, holds without it.
 
         Raises:
           ConfigError: an argument is out of range, the checkpoint's parts do not fit together, or the devices are too
@@ -112,6 +115,8 @@ class Scorer:
             raise ConfigError(f"prompt {prompt!r} is not one of {', '.join(PROMPTS)}")
         if batch_size is not None and batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, not {batch_size}")
+        if input_size_limit is not None and not input_size_limit > 0:
+            raise ConfigError(f"input_size_limit must be above 0 megapixels, not {input_size_limit}")
         if int8_activations and checkpoint.quantization != "int8":
             raise ConfigError(
                 f"{checkpoint.folder}: int8 activations need int8 kernels, which `deqa convert --quantize int8` makes"
@@ -119,6 +124,7 @@ class Scorer:
         self.dtype = dtype = scoring_dtype(dtype, platform)
         self.int8_activations = int8_activations
         self.prompt = prompt
+        self._most_pixels = math.inf if input_size_limit is None else input_size_limit * 1e6
         self.identity = checkpoint.identity
         self._mesh = scoring_mesh(mesh)
         shards = batch_shards(self._mesh)
@@ -283,7 +289,7 @@ class Scorer:
 
         def load(image: ImageLike) -> np.ndarray | ImageError:
             try:
-                return load_square(image, self._preprocess)
+                return load_square(image, self._preprocess, most_pixels=self._most_pixels)
             except ImageError as error:
                 return error
 

@@ -2,7 +2,7 @@
 
 import argparse
 
-from deqa_jax.option_values import mesh, whole_number
+from deqa_jax.option_values import megapixels, mesh, whole_number
 
 MOST_IMAGES = 1 << 16
 """That any batch may have."""
@@ -29,6 +29,12 @@ def add_model(command: argparse.ArgumentParser, prompt: str, default: str = "") 
         help=f"which published entry point to follow; their scores differ slightly (default: {prompt})",
     )
     add_int8_activations(command)
+    command.add_argument(
+        "--input-size-limit",
+        type=megapixels,
+        metavar="MEGAPIXELS",
+        help="images that have more are not decoded, and get an error in place of a score (default: 179)",
+    )
     add_mesh(command)
 
 

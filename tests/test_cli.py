@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from deqa_jax import builtin_model, random_model
 from deqa_jax.checkpoint import Checkpoint, CheckpointError
@@ -116,6 +117,7 @@ def test_the_version_is_that_of_the_distribution(deqa):
         (["synth", "D", "--scenes", "0"], "'0' is not a whole number from 1"),
         (["synth", "D", "--versions", "0"], "'0' is not a whole number from 1"),
         (["synth", "D", "--versions", "few"], "'few' is not a whole number from 1"),
+        (["score", "F", "--input-size-limit", "0"], "'0' is not a number of megapixels above 0"),
         (["synth", "D", "--test-ratio", "20"], "'20' is not a number from 0 to 1"),
         (["synth", "D", "--seed", "-1"], "'-1' is not a whole number from 0"),
         (["bench", "--size", "small,huge"], "'huge' is not one of test, tiny, small, mid, full"),
@@ -248,14 +250,36 @@ def test_a_folder_is_scored_as_a_table(deqa, converted, images, expected):
         assert line.split()[0] == ("-" if result.error else f"{result.score:.3f}")
 
 
+def test_an_image_above_the_limit_is_a_row_with_an_error(deqa, converted, tmp_path):
+    for side in (40, 50):
+        Image.new("RGB", (side, side)).save(tmp_path / f"{side}.png")
+    options = ("--model", converted, "--format", "jsonl", "--input-size-limit", "0.002")
+    status, out, err = deqa("score", tmp_path, *options)
+    small, large = (json.loads(line) for line in out.splitlines())
+    assert status == 1
+    assert err == "deqa: 1 of 2 images could not be scored\n"
+    assert small["error"] is None
+    assert large["error"] == f"{tmp_path / '50.png'}: 50x50 pixels; the limit is 0.002 megapixels"
+
+
 @pytest.mark.parametrize(
     ("options", "passed"),
     [
-        ([], {"dtype": "auto", "batch_size": None, "prompt": "scorer", "mesh": None, "int8_activations": False}),
+        (
+            [],
+            {
+                "dtype": "auto",
+                "batch_size": None,
+                "prompt": "scorer",
+                "mesh": None,
+                "int8_activations": False,
+                "input_size_limit": None,
+            },
+        ),
         (
             [
                 *("--dtype", "bfloat16", "--batch-size", "4", "--prompt", "eval", "--mesh", "data=2,tensor=4"),
-                "--int8-activations",
+                *("--int8-activations", "--input-size-limit", "12.5"),
             ],
             {
                 "dtype": "bfloat16",
@@ -263,6 +287,7 @@ def test_a_folder_is_scored_as_a_table(deqa, converted, images, expected):
                 "prompt": "eval",
                 "mesh": MeshConfig(data=2, fsdp=1, tensor=4),
                 "int8_activations": True,
+                "input_size_limit": 12.5,
             },
         ),
     ],

@@ -217,11 +217,21 @@ def test_the_command_follows_the_eval_prompt(deqa, scorer, converted, pictures, 
 @pytest.mark.parametrize(
     ("options", "passed"),
     [
-        ([], {"dtype": "auto", "batch_size": None, "prompt": "eval", "mesh": None, "int8_activations": False}),
+        (
+            [],
+            {
+                "dtype": "auto",
+                "batch_size": None,
+                "prompt": "eval",
+                "mesh": None,
+                "int8_activations": False,
+                "input_size_limit": None,
+            },
+        ),
         (
             [
                 *("--dtype", "bfloat16", "--batch-size", "4", "--prompt", "scorer", "--mesh", "data=2,tensor=4"),
-                "--int8-activations",
+                *("--int8-activations", "--input-size-limit", "12.5"),
             ],
             {
                 "dtype": "bfloat16",
@@ -229,6 +239,7 @@ def test_the_command_follows_the_eval_prompt(deqa, scorer, converted, pictures, 
                 "prompt": "scorer",
                 "mesh": MeshConfig(data=2, fsdp=1, tensor=4),
                 "int8_activations": True,
+                "input_size_limit": 12.5,
             },
         ),
     ],

@@ -309,6 +309,20 @@ def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
         load_square((tmp_path / "bomb.png").read_bytes(), SMALL)
 
 
+def test_nothing_is_decoded_above_ones_own_limit(tmp_path):
+    path = tmp_path / "large.png"
+    picture().save(path)
+    width, height = picture().size
+    # What follows the header is damaged, which nobody finds out.
+    path.write_bytes(path.read_bytes()[:64])
+    for image, name in ((path, r"large\.png"), (picture(), "an image"), (np.asarray(picture()), "an image")):
+        with pytest.raises(ImageError, match=rf"{name}: {width}x{height} pixels; the limit is .* megapixels"):
+            load_square(image, SMALL, most_pixels=width * height - 1)
+    np.testing.assert_array_equal(
+        load_square(picture(), SMALL, most_pixels=width * height), load_square(picture(), SMALL)
+    )
+
+
 def test_an_image_that_turns_out_truncated_in_memory_is_an_image_error(images):
     with Image.open(images / "truncated.jpg") as opened, pytest.raises(ImageError):
         load_square(opened, SMALL)

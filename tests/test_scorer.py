@@ -243,7 +243,9 @@ def test_images_are_a_list_of_at_least_one(scorer: Scorer, images: Any) -> None:
         scorer(images)
 
 
-@pytest.mark.parametrize("options", [{"dtype": "float16"}, {"prompt": "chat"}, {"batch_size": 0}])
+@pytest.mark.parametrize(
+    "options", [{"dtype": "float16"}, {"prompt": "chat"}, {"batch_size": 0}, {"input_size_limit": 0.0}]
+)
 def test_options_out_of_range_are_named(converted: Path, options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(options))):
         Scorer.from_pretrained(converted, **options)
