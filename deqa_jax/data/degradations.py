@@ -161,7 +161,7 @@ def _impulse_noise(rng: np.random.Generator, pixels: Pixels, strength: float) ->
     return noisy
 
 
-# Quality by strength: between 100 and 60 there is less to be seen than between 30 and 10.
+# Quality by strength, at the viewed size: between 100 and 60 there is less to be seen than between 30 and 10.
 _JPEG_QUALITY = ((0.0, 0.2, 0.4, 0.6, 0.8, 1.0), (90, 60, 36, 20, 10, 5))
 _WEBP_QUALITY = ((0.0, 0.25, 0.5, 0.75, 1.0), (85, 45, 20, 8, 0))
 
@@ -173,12 +173,19 @@ def encoded(pixels: Pixels, format: str, quality: int) -> Pixels:
     return np.asarray(Image.open(content).convert("RGB"))
 
 
+def _as_seen(quality: float, scale: float) -> int:
+    """The quality that looks to whoever sees a picture `scale` times smaller as `quality` does at its own size."""
+    # Steps of rounding as libjpeg has them, relative to quality 50. Seen smaller, a picture's errors are averaged.
+    step = scale * (50 / max(quality, 1) if quality < 50 else 2 - quality / 50)
+    return max(1, round(50 / step if step > 1 else 100 - 50 * step))
+
+
 def _jpeg(rng: np.random.Generator, pixels: Pixels, strength: float) -> Pixels:
-    return encoded(pixels, "JPEG", round(np.interp(strength, *_JPEG_QUALITY)))
+    return encoded(pixels, "JPEG", _as_seen(np.interp(strength, *_JPEG_QUALITY), _scale(pixels)))
 
 
 def _webp(rng: np.random.Generator, pixels: Pixels, strength: float) -> Pixels:
-    return encoded(pixels, "WEBP", round(np.interp(strength, *_WEBP_QUALITY)))
+    return encoded(pixels, "WEBP", _as_seen(np.interp(strength, *_WEBP_QUALITY), _scale(pixels)))
 
 
 _UPSAMPLING = (Image.Resampling.BICUBIC, Image.Resampling.BILINEAR, Image.Resampling.NEAREST)

@@ -60,9 +60,9 @@ def scene(rng: np.random.Generator, size: tuple[int, int]) -> UInt8[np.ndarray, 
 
 def _palette(rng: np.random.Generator) -> Float[np.ndarray, "N 3"]:
     """Twenty-four colours around a few hues, mostly muted, light and dark."""
-    hues = rng.random(rng.integers(2, 5))
+    hues = rng.random(rng.integers(3, 8))
     hue = (rng.choice(hues, 24) + rng.normal(0, 0.04, 24)) % 1
-    saturation = rng.beta(1.5, 2.2, 24) * rng.uniform(0.1, 2.2)
+    saturation = rng.beta(1.5, 2.2, 24) * rng.uniform(0.2, 2.1)
     value = rng.uniform(0.08, 0.95, 24)
     # HSV to RGB: how far each primary is from its place on the colour wheel.
     distance = np.abs((hue[:, None] * 6 + np.array([0.0, 4.0, 2.0])) % 6 - 3) - 1
@@ -290,11 +290,15 @@ def _developed(
     # The mean of each square, in two steps: numpy takes four times as long for both axes at once.
     rows = picture.reshape(height, _OVERSAMPLING, -1, 3).mean(axis=1)
     seen = rows.reshape(height, width, _OVERSAMPLING, 3).mean(axis=2)
-    low, high = np.percentile(seen[::2, ::2], (rng.uniform(0.1, 2), rng.uniform(97, 99.8)))
-    black, white = 0.12 * rng.random() ** 2, 1 - 0.25 * rng.random() ** 2
+    # White balance takes most of the light's colour away.
+    mean = seen.mean(axis=(0, 1))
+    seen *= (mean.mean() / np.maximum(mean, 1e-3)) ** np.float32(rng.uniform(0.6, 1))
+    low, high = np.percentile(seen[::2, ::2], (rng.uniform(0.1, 1.5), rng.uniform(98, 99.8)))
+    black, white = 0.08 * rng.random() ** 2, 1 - 0.15 * rng.random() ** 2
     exposed = np.clip(black + (seen - np.float32(low)) * np.float32((white - black) / max(high - low, 1e-3)), 0, 1)
-    # Neither the tones of a scene nor the sharpness of a lens are always the same.
-    toned = exposed ** np.float32(rng.uniform(0.7, 1.3))
+    # Half of a picture is darker than about a middle grey; not always the same one, nor is a lens always as sharp.
+    middle = np.clip(np.median(exposed[::2, ::2]), 0.05, 0.95)
+    toned = exposed ** np.float32(np.clip(np.log(rng.uniform(0.33, 0.5)) / np.log(middle), 0.4, 2.5))
     whole = Image.fromarray((toned * 255 + 0.5).astype(np.uint8))
     whole = whole.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.5)))
     if rng.random() < 0.5:

@@ -226,6 +226,18 @@ def test_sizes_are_those_of_the_picture_as_it_is_looked_at(family, scenes):
         assert error(np.asarray(found), wanted) < 0.35 * error(wanted, pixels)
 
 
+@pytest.mark.parametrize(("family", "least"), [("jpeg", 0.7), ("webp", 0.64)])
+def test_a_larger_picture_is_compressed_until_it_looks_nearly_as_bad(family, least, scenes):
+    """With the same quality JPEG would come to half, WebP, which has no worse quality than 0, to 0.59."""
+    parts = []
+    for pixels in scenes:
+        size = (pixels.shape[1], pixels.shape[0])
+        large = np.asarray(Image.fromarray(pixels).resize((2 * size[0], 2 * size[1]), Image.Resampling.BICUBIC))
+        seen = [Image.fromarray(x).resize(size, Image.Resampling.BOX) for x in (degraded(large, family, 0.6), large)]
+        parts.append(error(*map(np.asarray, seen)) / error(degraded(pixels, family, 0.6), pixels))
+    assert least < np.mean(parts) < 1.1
+
+
 # ---- severity ---------------------------------------------------------------------------------------------
 
 
