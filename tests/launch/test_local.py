@@ -36,10 +36,10 @@ def report_and_end(self, log, bar, step, metrics):
     report(self, log, bar, step, metrics)
     end_at(step)
 
-def load_and_end(*arguments):
+def load_and_end(*arguments, **named):
     loaded.append(arguments)
     end_at(len(loaded))
-    return load(*arguments)
+    return load(*arguments, **named)
 
 loop._Run._report, scorer.load_square = report_and_end, load_and_end
 main()
