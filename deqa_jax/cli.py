@@ -246,6 +246,7 @@ def _synth(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
+    from deqa_jax.allocation import keep_freed_memory
     from deqa_jax.checkpoint import CheckpointError
     from deqa_jax.config import ConfigError
     from deqa_jax.convert.tensors import ConversionError
@@ -258,6 +259,7 @@ def _train(options: argparse.Namespace) -> int:
         from deqa_jax.train.settings import read_config
     except ModuleNotFoundError as error:
         return _fail(f"{error}; training needs an extra: pip install 'deqa-jax[train]'", _FAILED)
+    keep_freed_memory()
     _join()
     try:
         best = train(read_config(options.config_path, options.overrides))

@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -30,6 +31,11 @@ from recipe import recipe_tensors
 
 from deqa_jax.config import PRESETS, DeqaConfig, to_published
 from deqa_jax.random_model import random_side_files
+
+# What one test has compiled no other compiles again, which is a fifth of the time. Apart from what commands in
+# processes of their own keep, as a test may kill one of those while it writes.
+jax.config.update("jax_compilation_cache_dir", f"{_CACHE.name}/tests")
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 GOLDEN = Path(__file__).parent / "golden"
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "golden"

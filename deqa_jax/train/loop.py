@@ -24,7 +24,6 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from deqa_jax.allocation import keep_freed_memory
 from deqa_jax.checkpoint import Checkpoint
 from deqa_jax.compilation import use_compilation_cache
 from deqa_jax.config import ConfigError
@@ -65,8 +64,6 @@ def train(config: TrainConfig) -> Path:
       TrainingError: the loss is no number any more, or the run was asked to stop; what was reached is saved.
     """
     use_compilation_cache()
-    if jax.local_devices()[0].platform == "cpu":
-        keep_freed_memory()
     folder = Path(config.output)
     run = _Run(config)
     check_shared(folder)
