@@ -303,13 +303,22 @@ def largest_batch(job: Job, topology: Topology, fits: Plan | None) -> Plan | Non
     """
     step = max(1, batch_shards(job.mesh) // math.gcd(batch_shards(job.mesh), job.mesh.size))
     low, high = (fits.batch_size, None) if fits else (0, job.batch_size)
+    expected = 2 * low
     while high is None or high - low > max(step, high // 8):
-        middle = 2 * low if high is None else (low + high) // 2 // step * step
+        middle = (max(expected, low + low // 8) if high is None else (low + high) // 2) // step * step
+        middle = max(middle, low + step)
         try:
-            fits = compile_job(job, topology, middle)
-            low = middle
+            found = compile_job(job, topology, middle)
         except OutOfMemoryError:
             high = middle
+            continue
+        if fits is not None and found.peak > fits.peak:
+            # What is laid out grows about evenly: a little less than would fill the chip is tried next.
+            grows = (found.peak - fits.peak) / (middle - low)
+            expected = middle + int(15 / 16 * (topology.chip.memory - found.peak) / grows)
+        else:
+            expected = 2 * middle
+        low, fits = middle, found
     return fits
 
 

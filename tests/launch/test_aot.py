@@ -195,14 +195,14 @@ def compiler(monkeypatch):
     """In place of the compiler: programs that fit up to some images on a chip, by mesh; and what was compiled."""
     tried = []
 
-    def fake(limits):
+    def fake(limits, peak=lambda batch_size: 10):
         def compile_job(job, topology, batch_size):
             mesh = tuple(job.mesh.shape.values())
             tried.append((mesh, batch_size))
             if batch_size > limits.get(mesh, 0):
                 raise aot.OutOfMemoryError("Ran out of memory in memory space hbm")
             seconds = {"compute": 1.0, "memory": 0.5, "network": float(mesh[1])}
-            return aot.Plan(job, batch_size, 10, 5, 1e12, {"all-gather": Traffic(3, 7)}, seconds)
+            return aot.Plan(job, batch_size, peak(batch_size), 5, 1e12, {"all-gather": Traffic(3, 7)}, seconds)
 
         monkeypatch.setattr(aot, "compile_job", compile_job)
         return tried
@@ -222,6 +222,18 @@ def test_the_largest_batch_is_found_to_within_an_eighth(compiler, configuration)
         tried.clear()
     compiler({})
     assert aot.largest_batch(aot.training_job(config, topology), topology, None) is None
+
+
+@pytest.mark.parametrize("limit", [40, 300, 5000])
+def test_memory_that_grows_evenly_says_where_the_largest_batch_is(limit, compiler, configuration):
+    config, topology = read_config(configuration()), aot.open_topology("v5e:2x2")
+    job = aot.training_job(config, topology)
+    state = topology.chip.memory / 4
+    tried = compiler({(1, 4, 1): limit}, lambda batch_size: state + 3 * state * batch_size / limit)
+    found = aot.largest_batch(job, topology, aot.compile_job(job, topology, 16))
+    assert 7 / 8 * limit <= found.batch_size <= limit
+    # What is there already, twice as many, a little less than should fit, and what does not.
+    assert len(tried) == 4
 
 
 def test_the_best_mesh_is_the_one_that_is_fastest_of_those_that_fit(compiler, configuration):
