@@ -217,7 +217,8 @@ def _draw_degradations(rng: np.random.Generator, families: tuple[str, ...]) -> t
     count = min(int(rng.choice([1, 2, 3], p=[0.75, 0.2, 0.05])), len(families))
     drawn = rng.choice(len(families), count, replace=False, p=weights / weights.sum())
     most = 1.0 if count == 1 else 0.7
-    return tuple(Degradation(families[i], round(float(rng.uniform(0, most)), 4)) for i in drawn)
+    chosen = sorted((families[i] for i in drawn), key=list(FAMILIES).index)
+    return tuple(Degradation(name, round(float(rng.uniform(0, most)), 4)) for name in chosen)
 
 
 # ---- opinions ---------------------------------------------------------------------------------------------

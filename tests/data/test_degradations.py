@@ -58,7 +58,7 @@ def test_a_family_is_worse_the_stronger_it_is(family, scenes):
     # What is hardly to be seen is a small part of the worst, which cannot be overlooked.
     assert errors[0] < errors[-1] / 2
     assert errors[0] < 30
-    assert errors[-1] > 10
+    assert errors[-1] > 15 * FAMILIES[family].worst
 
 
 @pytest.mark.parametrize(
@@ -226,9 +226,9 @@ def test_sizes_are_those_of_the_picture_as_it_is_looked_at(family, scenes):
         assert error(np.asarray(found), wanted) < 0.35 * error(wanted, pixels)
 
 
-@pytest.mark.parametrize(("family", "least"), [("jpeg", 0.7), ("webp", 0.64)])
+@pytest.mark.parametrize(("family", "least"), [("jpeg", 0.7), ("webp", 0.9)])
 def test_a_larger_picture_is_compressed_until_it_looks_nearly_as_bad(family, least, scenes):
-    """With the same quality JPEG would come to half, WebP, which has no worse quality than 0, to 0.59."""
+    """With the same quality both would come to little more than half."""
     parts = []
     for pixels in scenes:
         size = (pixels.shape[1], pixels.shape[0])
@@ -262,7 +262,13 @@ def test_severity_is_nothing_at_first_and_the_familys_worst_in_the_end():
         assert family.weight > 0
     two = [Degradation("webp", 1.0), Degradation("jpeg", 0.5)]
     webp, jpeg = FAMILIES["webp"].worst, FAMILIES["jpeg"].worst / 2
-    assert severity(two) == pytest.approx(webp + jpeg - webp * jpeg)
+    assert severity(two) == pytest.approx(np.cbrt(webp**3 + jpeg**3))
+
+
+def test_what_is_hardly_to_be_seen_is_hidden_by_what_is_plain_to_see():
+    blurred, also_noisy = [Degradation("gaussian_blur", 0.8)], Degradation("gaussian_noise", 0.2)
+    alone = severity([also_noisy])
+    assert 0 < severity([*blurred, also_noisy]) - severity(blurred) < alone / 20
 
 
 # ---- names ------------------------------------------------------------------------------------------------

@@ -161,6 +161,8 @@ def test_families_are_drawn_one_to_three_at_once_each_once(quick):
     assert {family for chain in chains for family, _ in chain} == {"haze", "banding", "jpeg", "webp"}
     for chain in chains:
         assert len({family for family, _ in chain}) == len(chain)
+        # As they come over a picture: nothing is stored before its haze.
+        assert [family for family, _ in chain] == sorted((family for family, _ in chain), key=list(FAMILIES).index)
         assert len(chain) == 1 or max(strength for _, strength in chain) <= 0.7
     # Photographs suffer from compression more often than from haze.
     drawn = collections.Counter(family for chain in chains for family, _ in chain)
