@@ -438,7 +438,7 @@ def test_settings_out_of_range_are_all_named(given, complaint):
 
 
 def test_unknown_families_are_named():
-    with pytest.raises(UnknownFamilyError, match="no family 'jpg'; there are gaussian_blur, "):
+    with pytest.raises(UnknownFamilyError, match="no family 'jpg'; there are haze, vignetting, gaussian_blur, "):
         SyntheticSettings(families=("jpeg", "jpg"))
     with pytest.raises(UnknownFamilyError, match="no family named"):
         SyntheticSettings(families=())
