@@ -5,11 +5,10 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from deqa_jax.compilation import scoring_jit, use_compilation_cache, without_compilation_cache
+from deqa_jax.compilation import scoring_jit, without_compilation_cache
 
 
 def test_compiled_programs_are_kept_except_where_they_are_not_to_be(tmp_path):
-    use_compilation_cache()  # the least time to compile of what is kept
     before = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", str(tmp_path))
     try:

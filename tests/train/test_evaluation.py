@@ -10,7 +10,6 @@ from small_runs import rating, write_metas, write_tiny
 
 from deqa_jax import metrics
 from deqa_jax.checkpoint import Checkpoint
-from deqa_jax.compilation import use_compilation_cache
 from deqa_jax.config import Execution, MeshConfig
 from deqa_jax.data.metas import MetaError
 from deqa_jax.data.soft_labels import soft_labels
@@ -33,7 +32,6 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def evaluator(root):
     """An evaluator of some sets, over all devices."""
-    use_compilation_cache()
     checkpoint = Checkpoint.open(root / "M")
     mesh = make_mesh(MeshConfig())
 
