@@ -15,6 +15,7 @@ import sentencepiece
 from flax import nnx
 from jaxtyping import Float
 
+from deqa_jax import first_weights
 from deqa_jax.checkpoint import (
     PREPROCESSOR_FILE,
     TOKENIZER_FILE,
@@ -24,7 +25,7 @@ from deqa_jax.checkpoint import (
     write_checkpoint,
 )
 from deqa_jax.compilation import use_compilation_cache
-from deqa_jax.config import PRESETS, DeqaConfig, Execution, VisionConfig
+from deqa_jax.config import PRESETS, DeqaConfig, Execution
 from deqa_jax.files import new_folder, refuse_existing
 from deqa_jax.labels import ANSWER, QUESTIONS
 from deqa_jax.model.deqa import Deqa
@@ -33,10 +34,7 @@ from deqa_jax.parameters import Leaves, ParamPath, flatten, parameter_shapes
 from deqa_jax.prompt import LEVELS, PROMPTS, SYSTEM_SENTENCES
 from deqa_jax.quantize import KERNEL_SCALE, is_quantized, parameter_dtype, quantize
 
-PATCH_FILTERS = ("vision", "patch_embedding", "kernel")
 EMBEDDING = ("language", "embedding")
-ABSTRACTOR_QUERY = ("abstractor", "layers", "query", "kernel")
-FIRST_UP, FIRST_DOWN = (("vision", "layers", name, "kernel") for name in ("up", "down"))
 # OpenAI CLIP's colours, as in every published checkpoint.
 _PREPROCESSOR = {
     "crop_size": 448,
@@ -69,11 +67,10 @@ def init(out: Path, *, size: str = "test", seed: int = 0, dtype: str = "float32"
     execution = Execution(param_dtype=dtype)
     state = jax.jit(lambda key: nnx.state(Deqa(config, execution=execution, rngs=nnx.Rngs(key))))(jax.random.key(seed))
     arrays = flatten(nnx.to_pure_dict(state))
-    for path, first in first_vision(config.vision, seed).items():
+    drawn = {path: np.asarray(arrays[path], np.float32) for path in first_weights.DRAWN}
+    for path, first in first_weights.first_weights(config, seed, drawn).items():
         # Of the blocks, which are stacked, the first one.
         arrays[path] = (arrays[path].at[0] if "layers" in path else arrays[path].at[:]).set(first.astype(dtype))
-    # Queries that look at everything alike have nothing to tell each other apart by.
-    arrays[ABSTRACTOR_QUERY] *= jnp.asarray(3, dtype)
     # An optimizer's steps are of one size: of the published 0.02 the first ones would leave nothing.
     arrays[EMBEDDING] *= jnp.asarray(1 / EMBEDDING_STD, dtype)
     leaves = {path: InMemory(array) for path, array in arrays.items()}
@@ -87,52 +84,6 @@ def init(out: Path, *, size: str = "test", seed: int = 0, dtype: str = "float32"
             provenance={"source": f"deqa init --size {size} --seed {seed}: random weights, scores mean nothing"},
         )
     logging.getLogger(__name__).info("%s: random weights; its scores mean nothing", out)
-
-
-def first_vision(config: VisionConfig, seed: int) -> dict[ParamPath, Float[np.ndarray, "..."]]:
-    """Patch filters and a first MLP that measure how much of each spatial frequency there is.
-
-    Patches weighted at random come out as little more than their mean, since the amplitudes of natural images fall as
-    1/f (Field, Relations between the statistics of natural images and the response properties of cortical cells, JOSA A
-    1987). So the filters start as cosines of all frequencies, phases and colours, each scaled to answer such noise with
-    a deviation of one, and the first block's MLP as their absolute values: with them a model learns in thousands of
-    images what else takes millions.
-    """
-    rng = np.random.default_rng(seed)
-    width, hidden = config.hidden_size, config.mlp_dim
-    up = rng.normal(0, width**-0.5, (width, hidden))
-    down = rng.normal(0, 0.1 * hidden**-0.5, (hidden, width))
-    pairs = min(width, hidden // 2)
-    # quick_gelu(4x) + quick_gelu(−4x) is about |4x|.
-    up[:, : 2 * pairs] = 4 * np.concatenate([np.eye(width, pairs), -np.eye(width, pairs)], axis=1)
-    # What is added is 2|x| − x, so that of a patch's answer x only its size goes on.
-    down[: 2 * pairs] = np.concatenate([np.eye(pairs, width), 3 * np.eye(pairs, width)]) / 4
-    return {PATCH_FILTERS: _cosines(rng, config.patch_size, width), FIRST_UP: up, FIRST_DOWN: down}
-
-
-def _cosines(rng: np.random.Generator, side: int, count: int) -> Float[np.ndarray, "PPC D"]:
-    # As many filters an octave in either direction.
-    frequency = np.exp2(rng.uniform(-1, np.log2(side), (count, 2))) * rng.choice([-1, 1], (count, 2))
-    place = (np.arange(side) + 0.5) * np.pi / side
-    angle = frequency[:, 0, None, None] * place[:, None] + frequency[:, 1, None, None] * place
-    waves = np.cos(angle + rng.uniform(0, 2 * np.pi, (count, 1, 1)))
-    # A few see the mean of a patch, the others what varies in it.
-    waves[count // 16 :] -= waves[count // 16 :].mean(axis=(1, 2), keepdims=True)
-    colour = np.where(rng.random((count, 1)) < 0.7, 1.0, rng.normal(0, 1, (count, 3)))
-    filters = np.einsum("dyx,dc->yxcd", waves, colour).reshape(-1, count)
-    return filters / (_pink_patches(rng, side) @ filters).std(axis=0)
-
-
-def _pink_patches(rng: np.random.Generator, side: int, across: int = 16) -> Float[np.ndarray, "N PPC"]:
-    """Patches of 1/f noise, as the model's normalised pixels are: mostly grey, with a deviation of one."""
-    whole = side * across
-    frequency = np.hypot(np.fft.fftfreq(whole)[:, None], np.fft.fftfreq(whole)) * whole
-    frequency[0, 0] = 1
-    white = np.fft.fft2(rng.normal(size=(4, whole, whole)), axes=(1, 2))
-    grey, *colours = np.fft.ifft2(white / frequency, axes=(1, 2)).real
-    field = np.stack([grey + colour / 5 for colour in colours], axis=-1)
-    field /= field.std()
-    return field.reshape(across, side, across, side, 3).swapaxes(1, 2).reshape(across**2, -1)
 
 
 class RandomCheckpoint(Checkpoint):

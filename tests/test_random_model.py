@@ -95,54 +95,6 @@ def test_the_preprocessing_is_the_published_one(side_files, shared):
     assert PreprocessConfig.from_published(made) == PreprocessConfig.from_published(published)
 
 
-# ---- what training starts from ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("size", ["test", "tiny"])
-def test_patch_filters_answer_blur_and_noise_where_random_ones_see_the_mean(size):
-    config = PRESETS[size].vision
-    first = random_model.first_vision(config, seed=3)
-    filters = first[random_model.PATCH_FILTERS]
-    assert filters.shape == (3 * config.patch_size**2, config.hidden_size)
-    rng = np.random.default_rng(0)
-    sharp = random_model._pink_patches(rng, config.patch_size)
-    answers = (sharp @ filters).std(axis=0)
-    # Scaled on one sample of such noise, tried on another.
-    assert np.median(answers) == pytest.approx(1, abs=0.25)
-    grid = sharp.reshape(-1, config.patch_size, config.patch_size, 3)
-    smooth = (grid + np.roll(grid, 1, 1) + np.roll(grid, 1, 2) + np.roll(grid, (1, 1), (1, 2))) / 4
-    blurred = (smooth.reshape(sharp.shape) @ filters).std(axis=0)
-    noisy = ((sharp + rng.normal(0, 0.6, sharp.shape)) @ filters).std(axis=0)
-    assert np.median(blurred / answers) < 0.9
-    # Noise is as strong in all frequencies, and shows where pictures have little.
-    assert np.percentile(noisy / answers, 90) > 1.2
-    # Only the first few see how bright a patch is.
-    means = filters.reshape(-1, 3, config.hidden_size).mean(axis=0)
-    assert np.abs(means[:, config.hidden_size // 16 :]).max() < 1e-6
-
-
-def test_the_first_mlp_leaves_absolute_values():
-    config = PRESETS["tiny"].vision
-    first = random_model.first_vision(config, seed=0)
-    up, down = first[random_model.FIRST_UP], first[random_model.FIRST_DOWN]
-    x = np.random.default_rng(1).normal(size=(200, config.hidden_size))
-    hidden = x @ up
-    out = x + (hidden / (1 + np.exp(-1.702 * hidden))) @ down
-    correlation = [np.corrcoef(out[:, i], np.abs(x[:, i]))[0, 1] for i in range(config.hidden_size)]
-    assert min(correlation) > 0.95
-    assert abs(np.corrcoef(out.ravel(), x.ravel())[0, 1]) < 0.05
-
-
-def test_they_are_in_the_checkpoint(model):
-    stored = Checkpoint.open(model).restore("float32")
-    first = random_model.first_vision(PRESETS["test"].vision, seed=7)
-    np.testing.assert_allclose(stored[random_model.PATCH_FILTERS], first[random_model.PATCH_FILTERS], rtol=0.01)
-    np.testing.assert_allclose(stored[random_model.FIRST_UP][0], first[random_model.FIRST_UP], rtol=0.01)
-    assert stored[random_model.EMBEDDING].std() == pytest.approx(1, abs=0.05)
-    config = PRESETS["test"].abstractor
-    assert stored[random_model.ABSTRACTOR_QUERY].std() == pytest.approx(3 * config.hidden_size**-0.5, rel=0.1)
-
-
 # ---- weights that are made when they are read -------------------------------------------------------------
 
 
