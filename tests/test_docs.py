@@ -16,7 +16,11 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from conftest import WritePublished
+from small_runs import TINY
 from test_imports import RANK
+
+from deqa_jax.checkpoint import PREPROCESSOR_FILE
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -30,13 +34,16 @@ def blocks(language: str, text: str = README) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def workplace(published: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workplace(write_published: WritePublished, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what the README's commands speak of."""
     folder = tmp_path_factory.mktemp("readme")
+    # Pictures of four patches: each command compiles programs of its own, `deqa plan` with the compiler for TPUs.
+    published = write_published(folder / "DeQA-Score-Mix3", TINY)
+    preprocessor = published / PREPROCESSOR_FILE
+    preprocessor.write_text(json.dumps({**json.loads(preprocessor.read_text()), "size": 28, "crop_size": 28}))
     # A third of them: every command that scores them does so with a model of its own.
     shutil.copytree(ROOT / "examples", folder / "examples", ignore=shutil.ignore_patterns("jpeg_*", "noise_*"))
     shutil.copytree(ROOT / "configs", folder / "configs")
-    (folder / "DeQA-Score-Mix3").symlink_to(published)
     (folder / "mplug-owl2-llama2-7b").symlink_to(published)
     adapter = folder / "DeQA-Score-LoRA-Mix3"
     adapter.mkdir()
