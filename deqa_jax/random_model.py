@@ -67,7 +67,7 @@ def init(out: Path, *, size: str = "test", seed: int = 0, dtype: str = "float32"
     execution = Execution(param_dtype=dtype)
     state = jax.jit(lambda key: nnx.state(Deqa(config, execution=execution, rngs=nnx.Rngs(key))))(jax.random.key(seed))
     arrays = flatten(nnx.to_pure_dict(state))
-    drawn = {path: np.asarray(arrays[path], np.float32) for path in first_weights.DRAWN}
+    drawn: dict[ParamPath, np.ndarray] = {path: np.asarray(arrays[path], np.float32) for path in first_weights.DRAWN}
     for path, first in first_weights.first_weights(config, seed, drawn).items():
         # Of the blocks, which are stacked, the first one.
         arrays[path] = (arrays[path].at[0] if "layers" in path else arrays[path].at[:]).set(first.astype(dtype))
