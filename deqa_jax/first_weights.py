@@ -49,6 +49,15 @@ def first_weights(
       config: the model's.
       seed: decides on which frequencies there are filters for.
       drawn: the parameters `DRAWN` as they were drawn at random.
+
+    Returns:
+      Arrays in float64 by path.
+
+    >>> from deqa_jax.config import PRESETS
+    >>> shapes = {PATCH_POSITIONS: (785, 128), CLASS_TOKEN: (128,), QUERIES: (16, 128)}
+    >>> drawn = {path: np.random.default_rng(0).normal(size=shape) for path, shape in shapes.items()}
+    >>> first_weights(PRESETS["tiny"], 0, drawn)[PATCH_FILTERS].shape
+    (768, 128)
     """
     rng = np.random.default_rng(seed)
     filters, groups = _filters(rng, config.vision)
@@ -80,18 +89,18 @@ def _filters(rng: np.random.Generator, config: VisionConfig) -> tuple[Float[np.n
     side, width = config.patch_size, config.hidden_size
     place = np.pi * (np.arange(side) + 0.5) / side
     waves = np.cos(np.arange(side)[:, None] * place)
-    height = np.add.outer(np.arange(side), np.arange(side))
+    frequency = np.add.outer(np.arange(side), np.arange(side))
     steps = 2 * (side - 1) * (np.arange(len(_GREY_BANDS) + 1) / len(_GREY_BANDS)) ** 1.5
     # A channel in thirty-two is constant, and so is what is left where a patch has fewer frequencies than that.
     varying = width - max(1, width // 32) - len(_MEANS)
     kinds = [(group, axis, [(0, 0)]) for group, axis in zip(_MEANS, _AXES, strict=True)]
     for band, group in enumerate(_GREY_BANDS):
         count = varying * 3 // 4 // len(_GREY_BANDS)
-        kinds.append((group, _AXES[0], _band(rng, height, steps[band], steps[band + 1], count)))
+        kinds.append((group, _AXES[0], _band(rng, frequency, steps[band], steps[band + 1], count)))
     coloured = list(itertools.product(enumerate(_COLOUR_BANDS), _AXES[1:]))
     count = (varying + len(_MEANS) - sum(len(places) for *_, places in kinds)) // len(coloured)
     kinds += [
-        (group, axis, _band(rng, height, steps[2 * band], steps[2 * band + 2], count))
+        (group, axis, _band(rng, frequency, steps[2 * band], steps[2 * band + 2], count))
         for (band, group), axis in coloured
     ]
     filters = np.zeros((side, side, 3, width))
@@ -106,10 +115,10 @@ def _filters(rng: np.random.Generator, config: VisionConfig) -> tuple[Float[np.n
 
 
 def _band(
-    rng: np.random.Generator, height: Int[np.ndarray, "P P"], low: float, high: float, count: int
+    rng: np.random.Generator, frequency: Int[np.ndarray, "P P"], low: float, high: float, count: int
 ) -> list[tuple[int, int]]:
     """Some frequencies `(row, column)`, in cosines' half periods a patch, whose sum lies within a band."""
-    inside = np.argwhere((height > low) & (height <= high))
+    inside = np.argwhere((frequency > low) & (frequency <= high))
     return [(int(row), int(column)) for row, column in rng.permutation(inside)[:count]]
 
 
