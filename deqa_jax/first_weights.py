@@ -141,7 +141,7 @@ def _magnitudes(
     width, hidden = config.hidden_size, config.mlp_dim
     up = rng.normal(0, width**-0.5, (width, hidden))
     bias, down = np.zeros(hidden), np.zeros((hidden, width))
-    varying = np.flatnonzero((groups != _CONSTANT) & ~np.isin(groups, _MEANS))
+    varying = np.flatnonzero(np.isin(groups, (*_GREY_BANDS, *_COLOUR_BANDS)))
     # quick_gelu(sx) / s is about max(x, 0). Four of them make one answer's size, as far as there are so many.
     for number, channel in enumerate(varying[: hidden // 4]):
         units = 4 * number + np.arange(4)

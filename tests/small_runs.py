@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from recipe import recipe_tensors, to_ours
 
-from deqa_jax.checkpoint import PREPROCESSOR_FILE, InMemory, write_checkpoint
+from deqa_jax.checkpoint import InMemory, write_checkpoint
 from deqa_jax.config import PRESETS
 from deqa_jax.files import new_folder
 from deqa_jax.prompt import LEVELS
@@ -34,9 +34,7 @@ def write_tiny(out: Path, *, seed: int = 0, poison: bool = False) -> Path:
     leaves = to_ours(TINY, recipe_tensors(TINY, seed))
     if poison:
         leaves["language", "final_norm", "scale"][3] = np.nan
-    side_files = random_side_files()
-    preprocessor = {**json.loads(side_files[PREPROCESSOR_FILE]), "size": 28, "crop_size": 28}
-    side_files[PREPROCESSOR_FILE] = json.dumps(preprocessor).encode()
+    side_files = random_side_files(TINY.vision.image_size)
     with new_folder(out) as temporary:
         write_checkpoint(
             temporary,

@@ -21,6 +21,7 @@ from small_runs import TINY
 from test_imports import RANK
 
 from deqa_jax.checkpoint import PREPROCESSOR_FILE
+from deqa_jax.random_model import random_side_files
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -39,8 +40,7 @@ def workplace(write_published: WritePublished, tmp_path_factory: pytest.TempPath
     folder = tmp_path_factory.mktemp("readme")
     # Pictures of four patches: each command compiles programs of its own, `deqa plan` with the compiler for TPUs.
     published = write_published(folder / "DeQA-Score-Mix3", TINY)
-    preprocessor = published / PREPROCESSOR_FILE
-    preprocessor.write_text(json.dumps({**json.loads(preprocessor.read_text()), "size": 28, "crop_size": 28}))
+    (published / PREPROCESSOR_FILE).write_bytes(random_side_files(TINY.vision.image_size)[PREPROCESSOR_FILE])
     # A third of them: every command that scores them does so with a model of its own.
     shutil.copytree(ROOT / "examples", folder / "examples", ignore=shutil.ignore_patterns("jpeg_*", "noise_*"))
     shutil.copytree(ROOT / "configs", folder / "configs")
