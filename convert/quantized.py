@@ -6,7 +6,7 @@ import numpy as np
 
 from deqa_jax.checkpoint import Leaf
 from deqa_jax.parameters import ParamPath
-from deqa_jax.quantize import KERNEL_SCALE, is_quantized, quantize, quantized_shapes
+from deqa_jax.quantize import KERNEL_SCALE, is_quantized, packed_shapes, quantize
 
 from .tensors import ConversionError, Tensor
 
@@ -19,10 +19,9 @@ def quantized(leaves: Mapping[ParamPath, Tensor], scheme: str) -> dict[ParamPath
             made[path] = leaf
             continue
         kernel = _Kernel(path, leaf, scheme)
-        shapes = quantized_shapes({path: leaf.shape}, scheme)
-        scale_path = (*path[:-1], KERNEL_SCALE)
-        made[path] = Tensor(shapes[path], np.dtype(np.int8), kernel.read)
-        made[scale_path] = Tensor(shapes[scale_path], np.dtype(np.float32), kernel.read_scale)
+        kernel_shape, scale_shape = packed_shapes(leaf.shape, scheme)
+        made[path] = Tensor(kernel_shape, np.dtype(np.int8), kernel.read)
+        made[*path[:-1], KERNEL_SCALE] = Tensor(scale_shape, np.dtype(np.float32), kernel.read_scale)
     return made
 
 
@@ -36,7 +35,7 @@ class _Kernel:
     def read(self) -> np.ndarray:
         # A layer at a time: the float32 of a whole stack would be as large as anything gets.
         layers = self._leaf.read()
-        kernel_shape, scale_shape = quantized_shapes({self._path: self._leaf.shape}, self._scheme).values()
+        kernel_shape, scale_shape = packed_shapes(self._leaf.shape, self._scheme)
         kernel, self._scale = np.empty(kernel_shape, np.int8), np.empty(scale_shape, np.float32)
         for i, layer in enumerate(layers):
             try:

@@ -17,6 +17,7 @@ from deqa_jax.quantize import (
     dequantize,
     integer_product,
     is_quantized,
+    packed_shapes,
     parameter_dtype,
     quantize,
     quantize_tokens,
@@ -59,8 +60,7 @@ def test_every_weight_is_within_half_a_scale(inputs, outputs, exponent, spread, 
     weights[:, empty:] = 0
     kernel, scale = quantize(weights, scheme)
     assert (kernel.dtype, scale.dtype) == (np.int8, np.float32)
-    shapes = quantized_shapes({("layers", "kernel"): weights.shape}, scheme)
-    assert [kernel.shape, scale.shape] == list(shapes.values())
+    assert (kernel.shape, scale.shape) == packed_shapes(weights.shape, scheme)
     each = by_input(scale, scheme, inputs)
     found = restored(kernel, scale, scheme, inputs)
     assert (np.abs(found - weights) <= 0.5001 * each).all()
@@ -167,14 +167,14 @@ def test_what_is_not_finite_stays_so_in_its_own_token(value):
 
 
 @pytest.mark.parametrize(("scheme", "bits"), [("int8", 8), ("int4", 4.5)])
-def test_the_published_size_takes_half_of_bfloat16_or_less(scheme, bits):
+def test_the_published_size_takes_little_more_than_half_of_bfloat16_or_less(scheme, bits):
     plain, shapes = parameter_shapes(FULL), parameter_shapes(FULL, scheme)
     size = sum(np.prod(shape) * parameter_dtype(path, scheme, "bfloat16").itemsize for path, shape in shapes.items())
     kernels = sum(int(np.prod(shape)) for path, shape in plain.items() if is_quantized(path))
     total = sum(map(np.prod, plain.values()))
-    assert 0.96 < kernels / total < 0.98
+    assert 0.91 < kernels / total < 0.93
     assert size == pytest.approx(kernels * bits / 8 + 2 * (total - kernels), rel=2e-3)
-    assert size < 0.52 * 2 * total
+    assert size < 0.541 * 2 * total
 
 
 def test_parameters_keep_what_they_are_stored_in():

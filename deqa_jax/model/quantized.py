@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from deqa_jax.model.deqa import Deqa
-from deqa_jax.quantize import KERNEL_SCALE, dequantize, integer_product, is_quantized, quantized_shapes
+from deqa_jax.quantize import dequantize, integer_product, is_quantized, packed_shapes
 
 
 class QuantizedLinear(nnx.Module):
@@ -24,11 +24,9 @@ class QuantizedLinear(nnx.Module):
     """
 
     def __init__(self, base: nnx.Linear, scheme: str, *, int8_activations: bool):
-        # Any path of a kernel in a stack.
-        path = ("layers", "kernel")
-        shapes = quantized_shapes({path: base.kernel.shape}, scheme)
-        self.kernel = nnx.Param(jax.ShapeDtypeStruct(shapes[path], jnp.int8))
-        self.kernel_scale = nnx.Param(jax.ShapeDtypeStruct(shapes["layers", KERNEL_SCALE], jnp.float32))
+        kernel_shape, scale_shape = packed_shapes(base.kernel.shape, scheme)
+        self.kernel = nnx.Param(jax.ShapeDtypeStruct(kernel_shape, jnp.int8))
+        self.kernel_scale = nnx.Param(jax.ShapeDtypeStruct(scale_shape, jnp.float32))
         self.bias = base.bias
         self.dtype = base.dtype
         self.inputs = base.kernel.shape[-2]
@@ -52,7 +50,7 @@ class QuantizedLinear(nnx.Module):
 
 
 def wrap(model: Deqa, scheme: str, *, int8_activations: bool = False) -> Deqa:
-    """Makes the dense layers of an abstract model's blocks quantised ones, in place."""
+    """Makes those dense layers of an abstract model quantised ones whose kernels are, in place."""
     layers = [
         (path, module)
         for path, module in nnx.iter_modules(model)
