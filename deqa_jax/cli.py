@@ -116,6 +116,7 @@ def _score(options: argparse.Namespace) -> int:
         return _fail(str(error), USAGE_STATUS)
 
     _join()
+    from deqa_jax import builtin_model
     from deqa_jax.distributed import several
     from deqa_jax.gallery import new_gallery
     from deqa_jax.score_files import score_files, score_together
@@ -136,7 +137,7 @@ def _score(options: argparse.Namespace) -> int:
         with contextlib.ExitStack() as files:
             also, output = None, sys.stdout
             if options.report is not None:
-                also = files.enter_context(new_gallery(options.report))
+                also = files.enter_context(new_gallery(options.report, options.model or builtin_model.NAME))
             if options.output is not None:
                 output = files.enter_context(options.output.open("x", encoding="utf-8", errors="backslashreplace"))
             failed = score_files(scorer, paths, output, format=options.format, also=also)

@@ -8,6 +8,7 @@ import base64
 import collections
 import contextlib
 import hashlib
+import html
 import importlib.resources
 import io
 import json
@@ -38,13 +39,17 @@ Add = Callable[[str, Result], None]
 
 
 @contextlib.contextmanager
-def new_gallery(out: Path) -> Iterator[Add]:
+def new_gallery(out: Path, model: str) -> Iterator[Add]:
     """A page to put pictures in; it becomes `out` when the block ends well and vanishes if not.
+
+    Args:
+      out: the file to make.
+      model: who scores, as the page says it.
 
     Raises:
       FileExistsError: `out` is there already, or was made meanwhile.
     """
-    before, after = _template()
+    before, after = _template(model)
     pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="thumbnail")
     try:
         with new_text(out) as page:
@@ -57,8 +62,8 @@ def new_gallery(out: Path) -> Iterator[Add]:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _template() -> tuple[str, str]:
-    """What stands in front of the pictures and behind them, with the policy in its place.
+def _template(model: str) -> tuple[str, str]:
+    """What stands in front of the pictures and behind them, with the policy and the model in their places.
 
     The page may run its own script and use its own style, known by their hashes, show images that are part of it, and
     nothing else.
@@ -71,7 +76,7 @@ def _template() -> tuple[str, str]:
     )
     page = page.replace("<!-- policy -->", f'<meta http-equiv="Content-Security-Policy" content="{policy}">')
     before, _, after = page.partition("<!-- pictures -->\n")
-    return before, after
+    return before.replace("<!-- model -->", html.escape(model)), after
 
 
 def _hash_of(tag: str, page: str) -> str:

@@ -75,7 +75,7 @@ class Read(HTMLParser):
         self._within = ""
 
     def handle_data(self, data: str) -> None:
-        if self._within in ("pictures", "script", "style", "p"):
+        if self._within in ("pictures", "script", "style", "p", "model"):
             self.contents[self._within] = self.contents.get(self._within, "") + data
 
 
@@ -83,7 +83,7 @@ Results = Sequence[tuple[str, Result]]
 
 
 def write(out: Path, results: Results) -> str:
-    with new_gallery(out) as add:
+    with new_gallery(out, "M") as add:
         for path, result in results:
             add(path, result)
     return out.read_bytes().decode("utf-8")
@@ -228,7 +228,7 @@ def test_scoring_does_not_wait_for_thumbnails(tmp_path: Path, monkeypatch: pytes
         return base64.b64encode(path.encode()).decode()
 
     monkeypatch.setattr(gallery, "_thumbnail", thumbnail)
-    with new_gallery(tmp_path / "page.html") as add:
+    with new_gallery(tmp_path / "page.html", "M") as add:
         for path, result in plain(100):
             add(path, result)
         go.set()
@@ -279,7 +279,7 @@ def test_what_is_ready_is_written_at_once() -> None:
 @pytest.mark.usefixtures("no_thumbnails")
 def test_the_page_is_there_when_it_is_whole(tmp_path: Path) -> None:
     out = tmp_path / "page.html"
-    with new_gallery(out) as add:
+    with new_gallery(out, "M") as add:
         for path, result in plain(3):
             add(path, result)
         assert not out.exists()
@@ -287,10 +287,18 @@ def test_the_page_is_there_when_it_is_whole(tmp_path: Path) -> None:
     assert out.read_text().endswith("</html>\n")
 
 
+@pytest.mark.parametrize("name", ["<script>alert(1)</script>", 'a "model" & co', "\udcff"])
+def test_a_models_name_is_text(name: str, tmp_path: Path) -> None:
+    with new_gallery(tmp_path / "page.html", name):
+        pass
+    found = Read((tmp_path / "page.html").read_text())
+    assert found.contents["model"] == f"Scored by {name.encode(errors='backslashreplace').decode()}"
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_an_interrupted_page_leaves_nothing(error: type[BaseException], tmp_path: Path) -> None:
     def interrupted() -> None:
-        with new_gallery(tmp_path / "page.html") as add:
+        with new_gallery(tmp_path / "page.html", "M") as add:
             add(*plain(1)[0])
             raise error
 
@@ -378,9 +386,15 @@ def test_the_report_is_written_besides_the_rows(to: str, fake: Path, deqa: Deqa)
     assert [row["score"] for row in rows] == [picture["score"] for picture in found]
     assert [bool(picture["thumbnail"]) for picture in found] == [True, True, True, False]
     assert found[3]["error"] == "no such file"
+    assert "Scored by M<" in (fake / "page.html").read_text()
     assert {path.name for path in fake.iterdir()} == {"in", "page.html", *(("rows",) if to == "file" else ())}
     # The rows are what they are without it.
     assert deqa(*SCORE)[1] == text
+
+
+def test_the_report_names_the_model_that_comes_with_the_package(fake: Path, deqa: Deqa) -> None:
+    assert deqa("score", "in", "--report", "page.html")[0] == 0
+    assert "Scored by deqa-tiny<" in (fake / "page.html").read_text()
 
 
 @pytest.fixture
@@ -569,7 +583,7 @@ STEPS = """
 def small_page(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A few pictures, with everything that can be the matter with them."""
     root = tmp_path_factory.mktemp("root")
-    with pytest.MonkeyPatch.context() as patch, new_gallery(root / "page.html") as add:
+    with pytest.MonkeyPatch.context() as patch, new_gallery(root / "page.html", "M") as add:
         patch.chdir(root)
         for name, colour, probs in PICTURES:
             if not probs:
@@ -705,7 +719,7 @@ def many(visit: Open, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any
     Image.new("RGB", (160, 120), (90, 90, 200)).save(content, format="JPEG")
     thumbnail = base64.b64encode(content.getvalue()).decode()
     out = tmp_path_factory.mktemp("many") / "page.html"
-    with pytest.MonkeyPatch.context() as patch, new_gallery(out) as add:
+    with pytest.MonkeyPatch.context() as patch, new_gallery(out, "M") as add:
         patch.setattr(gallery, "_thumbnail", lambda path: thumbnail)
         for number in range(MANY):
             path = f"photos/{number}.jpg"
