@@ -361,7 +361,7 @@ PRESETS: dict[str, DeqaConfig] = {
     "small": _preset((512, 2048, 6, 8), (512, 1408, 2, 8), (1024, 2816, 8, 16)),
     # Small enough to come with the package, trained: `deqa_jax/assets/`.
     "tiny": _preset(
-        (128, 512, 1, 1), (128, 384, 1, 8), (128, 352, 2, 8), patch_size=16, num_queries=16, vocab_size=512
+        (192, 768, 1, 1), (192, 384, 1, 8), (128, 352, 2, 8), patch_size=16, num_queries=16, vocab_size=512
     ),
     # The size of the golden test model.
     "test": _preset((48, 96, 2, 4), (48, 80, 2, 4), (64, 160, 3, 4)),
