@@ -1,9 +1,10 @@
 """What `deqa init` starts a model from, so that it learns in thousands of images what else takes millions.
 
 Of a picture's quality most is said by how much of each spatial frequency there is in its calmest parts, its busiest and
-those between: noise shows where nothing else is, blur and compression where most is. So at first the patch filters are
-cosines, sorted into bands; the first MLP leaves how strongly each answers; and the abstractor's queries read the mean
-of each band over patches that they choose by how much of one band these have, from the least to the most.
+those between: noise shows where nothing else is, blur and compression where most is; and much of the rest by its tones.
+So at first the patch filters are cosines, sorted into bands, and small squares; the first MLP leaves how strongly each
+answers, and how far squares go beyond some tones; and the abstractor's queries read the mean of each band over patches
+that they choose by how much of one band these have, from the least to the most.
 """
 
 import itertools
