@@ -19,9 +19,8 @@ def quantized(leaves: Mapping[ParamPath, Tensor], scheme: str) -> dict[ParamPath
             made[path] = leaf
             continue
         kernel = _Kernel(path, leaf, scheme)
-        kernel_shape, scale_shape = packed_shapes(leaf.shape, scheme)
-        made[path] = Tensor(kernel_shape, np.dtype(np.int8), kernel.read)
-        made[*path[:-1], KERNEL_SCALE] = Tensor(scale_shape, np.dtype(np.float32), kernel.read_scale)
+        made[path] = Tensor(kernel.shape, np.dtype(np.int8), kernel.read)
+        made[*path[:-1], KERNEL_SCALE] = Tensor(kernel.scale_shape, np.dtype(np.float32), kernel.read_scale)
     return made
 
 
@@ -30,13 +29,13 @@ class _Kernel:
 
     def __init__(self, path: ParamPath, leaf: Leaf, scheme: str):
         self._path, self._leaf, self._scheme = path, leaf, scheme
+        self.shape, self.scale_shape = packed_shapes(leaf.shape, scheme)
         self._scale: np.ndarray | None = None
 
     def read(self) -> np.ndarray:
         # A layer at a time: the float32 of a whole stack would be as large as anything gets.
         layers = self._leaf.read()
-        kernel_shape, scale_shape = packed_shapes(self._leaf.shape, self._scheme)
-        kernel, self._scale = np.empty(kernel_shape, np.int8), np.empty(scale_shape, np.float32)
+        kernel, self._scale = np.empty(self.shape, np.int8), np.empty(self.scale_shape, np.float32)
         for i, layer in enumerate(layers):
             try:
                 kernel[i], self._scale[i] = quantize(layer, self._scheme)

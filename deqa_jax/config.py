@@ -68,6 +68,11 @@ class AbstractorConfig:
     norm_eps: float
     ffn_norm_eps: float
 
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.hidden_size // self.num_heads
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LanguageConfig:

@@ -78,7 +78,7 @@ def first_weights(
     filters, groups, leaning = _filters(rng, config.vision)
     # What is drawn for positions would drown what calm patches answer.
     positions = 0.1 * drawn[PATCH_POSITIONS]
-    positions[:, groups == _CONSTANT] = _LEVEL / np.mean(groups == _CONSTANT) ** 0.5
+    positions[:, groups == _CONSTANT] = _constant(groups)
     knowledge = _knowledge(rng, config.abstractor, groups, leaning)
     return {
         PATCH_FILTERS: filters,
@@ -92,6 +92,11 @@ def first_weights(
         # Larger, so that what is read outweighs the query that reads it.
         VALUE: 4 * knowledge,
     }
+
+
+def _constant(groups: Int[np.ndarray, "D"]) -> float:
+    """What each of the constant channels is, so that all of them add their level."""
+    return float(_LEVEL / np.mean(groups == _CONSTANT) ** 0.5)
 
 
 class _Filters(NamedTuple):
@@ -129,8 +134,9 @@ def _filters(rng: np.random.Generator, config: VisionConfig) -> _Filters:
     filters = [np.einsum("y,x,c->yxc", waves[row], waves[column], axis) for _, axis, (row, column) in chosen]
     names = [group for group, *_ in chosen]
     leaning = np.array([np.sign(row - column) for *_, (row, column) in chosen])
-    # As many squares of each colour as of grey, of which each tone has one.
-    for group, axis in [*((tone, _AXES[0]) for tone in _TONES), *((_SATURATION, _AXES[1 + n % 2]) for n in range(6))]:
+    # A grey square for each tone, and as many of the two colours in turn.
+    coloured_squares = [(_SATURATION, axis) for axis in itertools.islice(itertools.cycle(_AXES[1:]), len(_TONES))]
+    for group, axis in [*((tone, _AXES[0]) for tone in _TONES), *coloured_squares]:
         top, left = rng.integers(0, side - _SQUARE + 1, 2)
         square = np.zeros((side, side, 3))
         square[top : top + _SQUARE, left : left + _SQUARE] = axis
@@ -151,8 +157,8 @@ def _band(
 
     With each comes its transpose, so that they lean down as much as across.
     """
-    inside = [(int(row), int(column)) for row, column in rng.permutation(np.argwhere(frequency > low)) if row >= column]
-    inside = [place for place in inside if sum(place) <= high]
+    places = rng.permutation(np.argwhere(frequency > low)).tolist()
+    inside = [(row, column) for row, column in places if row >= column and row + column <= high]
     return list(dict.fromkeys(turned for row, column in inside for turned in ((row, column), (column, row))))[:count]
 
 
@@ -181,7 +187,7 @@ def _first_mlp(
     bias, down = np.zeros(hidden), np.zeros((hidden, width))
     units = iter(range(hidden))
     constant = groups == _CONSTANT
-    level = _LEVEL / np.mean(constant) ** 0.5 * np.count_nonzero(constant)
+    level = _constant(groups) * np.count_nonzero(constant)
 
     def add(channel: int, sign: int, output: int, gain: float, *, beyond: float = 0, tone: float = 0) -> None:
         if (unit := next(units, None)) is None:
@@ -217,7 +223,7 @@ def _knowledge(
     That is the mean of each group of channels; where it watches a band of grey, whether bands lean down or across, as
     motion makes them, and elsewhere the tones; and something at random for what room is left.
     """
-    head_dim = config.hidden_size // config.num_heads
+    head_dim = config.head_dim
 
     def mean(chosen: np.ndarray) -> np.ndarray:
         return chosen / max(1, np.count_nonzero(chosen))
@@ -237,7 +243,7 @@ def _knowledge(
 def _choice(config: DeqaConfig, queries: Float[np.ndarray, "Q D"]) -> Float[np.ndarray, "D D"]:
     """What makes of each learned query its preference: each head for one group, from least to most over the queries."""
     abstractor = config.abstractor
-    head_dim = abstractor.hidden_size // abstractor.num_heads
+    head_dim = abstractor.head_dim
     rank = np.linspace(-1, 1, abstractor.num_queries)
     wanted = np.zeros((abstractor.num_queries, abstractor.num_heads, head_dim))
     for head in range(abstractor.num_heads):

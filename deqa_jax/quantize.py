@@ -115,7 +115,7 @@ def quantize(
     inputs, outputs = kernel.shape
     size = inputs if scheme == "int8" else GROUP
     whole = np.zeros((inputs, outputs), np.int8)
-    scales = np.zeros((-(-inputs // size), outputs), np.float32)
+    scales = np.zeros(packed_shapes(kernel.shape, scheme)[1], np.float32)
     for scale, start in zip(scales, range(0, inputs, size), strict=True):
         with np.errstate(over="raise"):
             block = kernel[start : start + size].astype(np.float32)

@@ -97,9 +97,8 @@ def test_squares_say_how_far_beyond_each_tone_they_are_whatever_a_norm_divides_b
     x[:, np.isin(groups, first_weights._TONES)] = 0.1 * tone
     out = divided_by * first_mlp(groups, x / divided_by)
     tones = [out[0, groups == group].item() for group in first_weights._TONES]
-    beyond = [max(0, -tone - dark) for dark in (0.76, 1.14, 1.5)] + [
-        max(0, tone - light) for light in (1.07, 1.46, 1.82)
-    ]
+    ends = [(-1, 0.76), (-1, 1.14), (-1, 1.5), (1, 1.07), (1, 1.46), (1, 1.82)]
+    beyond = [max(0, sign * tone - end) for sign, end in ends]
     np.testing.assert_allclose(tones, 0.1 * np.array([0.2, 0.4, 0.8] * 2) * beyond, atol=0.02 * divided_by)
 
 
