@@ -54,10 +54,15 @@ def refuse_existing(out: Path) -> None:
         raise FileExistsError(f"{out} exists already; remove it or choose another name")
 
 
+def _temporary(out: Path) -> Path:
+    """Where this process makes what will be `out`: beside it, so that a rename is all that is left to do."""
+    return out.parent / f".{out.name}.{os.getpid()}.tmp"
+
+
 def write_text(path: Path, text: str) -> None:
     """Puts `text` in a file, replacing it; whoever reads the file, or finds it after a crash, finds all or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    temporary = _temporary(path)
     try:
         # What is no text in any encoding (file names may not be) is written with escapes, which JSON understands too.
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -74,7 +79,7 @@ def new_text(out: Path) -> Iterator[TextIO]:
       FileExistsError: `out` is there already, or was made meanwhile.
     """
     refuse_existing(out)
-    temporary = out.parent / f".{out.name}.{os.getpid()}.tmp"
+    temporary = _temporary(out)
     try:
         with temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
             yield file
@@ -93,7 +98,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     """
     refuse_existing(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.parent / f".{out.name}.{os.getpid()}.tmp"
+    temporary = _temporary(out)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:

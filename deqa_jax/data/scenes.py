@@ -19,6 +19,8 @@ _OVERSAMPLING = 2
 _TEXTURE_SIDE = 256
 _ASPECTS = (1.0, 4 / 3, 4 / 3, 3 / 2, 3 / 2, 16 / 9)
 _MAX_LEAVES = 3000
+# Of small ones it takes more to leave no place between them.
+_MAX_PEBBLES = 20_000
 
 
 def scene_size(rng: np.random.Generator, sides: tuple[int, int]) -> tuple[int, int]:
@@ -40,7 +42,10 @@ def scene(rng: np.random.Generator, size: tuple[int, int]) -> UInt8[np.ndarray, 
     textures = _textures(rng)
     picture = _backdrop(rng, palette, textures, (height, width))
     fine = float(rng.choice([2.0, 4.0, 10.0, 24.0, 60.0, 120.0]))
-    if rng.random() < 0.5:
+    if rng.random() < 0.1:
+        # Gravel, fallen leaves, bark: detail everywhere, and nothing calm.
+        _cover(rng, picture, palette, textures, radii=(rng.uniform(1.5, 6), 0.03), share=3.0, most=_MAX_PEBBLES)
+    elif rng.random() < 0.5:
         # A far layer out of focus, as behind a portrait, and often hardly anything in front of it.
         _cover(rng, picture, palette, textures, radii=(max(fine, 12.0), 0.3), share=1.0)
         picture = _blurred(picture, 0.7 * 20 ** rng.random() * _OVERSAMPLING)
@@ -147,6 +152,7 @@ def _cover(
     *,
     radii: tuple[float, float],
     share: float,
+    most: int = _MAX_LEAVES,
 ) -> None:
     """Throws leaves on a picture until their areas sum up to about a share of it.
 
@@ -157,12 +163,13 @@ def _cover(
       textures: see `_textures`.
       radii: the smallest one in pixels of the finished scene, the largest one as a part of the longer side.
       share: of the area, overlaps counted.
+      most: how many leaves there are at the most.
     """
     height, width = picture.shape[:2]
     largest = radii[1] * max(height, width)
     smallest = min(radii[0] * _OVERSAMPLING, largest)
     exponent = rng.uniform(1.4, 2.4)
-    uniform = rng.random(_MAX_LEAVES)
+    uniform = rng.random(most)
     # A power law's radii, by inverting its distribution function.
     radius = (smallest**-exponent + uniform * (largest**-exponent - smallest**-exponent)) ** (-1 / exponent)
     # Half as much again in circles: corners cut them, and so do the edges of the picture.

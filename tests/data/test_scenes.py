@@ -94,6 +94,20 @@ def test_a_scene_fills_its_picture(scenes):
     assert np.max(detail, axis=0).min() > 48 * 64
 
 
+def calmest(pixels):
+    """The deviation within the patch of 8 × 8 pixels that a tenth of all patches are calmer than."""
+    height, width = (side // 8 * 8 for side in pixels.shape[:2])
+    patches = pixels[:height, :width].mean(axis=-1).reshape(height // 8, 8, width // 8, 8)
+    return np.quantile(patches.std(axis=(1, 3)), 0.1)
+
+
+def test_some_scenes_have_detail_everywhere_and_most_have_calm_parts():
+    """Gravel or grass is no noise: photographs of it have 16 to 20 here, most others less than 3."""
+    calm = np.array([calmest(scene(np.random.default_rng(seed), (256, 192))) for seed in range(60)])
+    assert 2 <= np.sum(calm > 8) <= 15
+    assert np.median(calm) < 3
+
+
 # ---- sizes ------------------------------------------------------------------------------------------------
 
 
