@@ -2,8 +2,8 @@
 
 The dead-leaves model covers a canvas with shapes whose radii follow a power law, each hiding what lies below it. That
 gives photographs' spectra, edges and long-tailed derivatives (Lee, Mumford & Huang, Occlusion models for natural
-images, IJCV 2001). Here the leaves have colours of one palette, textures and shading of their own, and some scenes a
-background out of focus.
+images, IJCV 2001). Here the leaves have colours of one palette, textures and shading of their own, some scenes a
+background out of focus, and others detail everywhere.
 """
 
 import dataclasses
