@@ -67,7 +67,7 @@ class Scorer:
         passes.
       batch_sharding: how a batch lies on the devices.
       dtype: of matrix products, and of parameters that are not quantised.
-      int8_activations: whether products of int8 kernels are in int8.
+      int8_activations: whether half of the products of int8 kernels are in int8.
       prompt: `scorer` or `eval`.
       identity: of the checkpoint; see `Checkpoint.identity`.
 
@@ -98,8 +98,8 @@ class Scorer:
           prompt: `scorer` or `eval`, the two published entry points, whose scores differ slightly.
           mesh: how this process's devices share the work. Without it each holds the whole model and scores its part of
             a batch; on CPU there is one.
-          int8_activations: for a checkpoint of int8 kernels: multiply in int8 instead of `dtype`, each token's
-            activations rounded to 255 steps, which costs accuracy.
+          int8_activations: for a checkpoint of int8 kernels: multiply in int8 instead of `dtype` where that costs
+            little (queries, `gate` and `up`), each token's activations rounded to 255 steps.
           input_size_limit: megapixels; images that have more are refused before they are decoded. Pillow's own limit,
             179, holds without it.
 

@@ -49,9 +49,11 @@ def add_dtype(command: argparse.ArgumentParser) -> None:
 
 
 def add_int8_activations(command: argparse.ArgumentParser) -> None:
-    """Whether products of int8 kernels are in int8."""
+    """Whether half of the products of int8 kernels are in int8."""
     command.add_argument(
-        "--int8-activations", action="store_true", help="of int8 kernels: round activations too, multiply in int8"
+        "--int8-activations",
+        action="store_true",
+        help="of int8 kernels: multiply in int8, activations rounded too, where that costs little",
     )
 
 

@@ -14,6 +14,11 @@ from jaxtyping import Array, Float
 from deqa_jax.model.deqa import Deqa
 from deqa_jax.quantize import dequantize, integer_product, is_quantized, packed_shapes
 
+# Layers that may multiply in int8: half of a block's operations, behind a norm, whose outputs few steps can hold. What
+# goes into `down` has a few channels far above the others (https://arxiv.org/abs/2405.14428): it alone costs more than
+# all the rest. Keys, values and `out` add what int8 kernels themselves cost. benchmarks/README.md has the numbers.
+_INTEGER_PRODUCTS = ("query", "gate", "up")
+
 
 class QuantizedLinear(nnx.Module):
     """A dense layer of few bits. Made of an abstract layer: its parameters are shapes.
@@ -50,7 +55,10 @@ class QuantizedLinear(nnx.Module):
 
 
 def wrap(model: Deqa, scheme: str, *, int8_activations: bool = False) -> Deqa:
-    """Makes those dense layers of an abstract model quantised ones whose kernels are, in place."""
+    """Makes those dense layers of an abstract model quantised ones whose kernels are, in place.
+
+    With `int8_activations` the products of `query`, `gate` and `up` are in int8.
+    """
     layers = [
         (path, module)
         for path, module in nnx.iter_modules(model)
@@ -60,5 +68,6 @@ def wrap(model: Deqa, scheme: str, *, int8_activations: bool = False) -> Deqa:
         parent = model
         for part in path[:-1]:
             parent = getattr(parent, str(part))
-        setattr(parent, str(path[-1]), QuantizedLinear(layer, scheme, int8_activations=int8_activations))
+        integer = int8_activations and path[-1] in _INTEGER_PRODUCTS
+        setattr(parent, str(path[-1]), QuantizedLinear(layer, scheme, int8_activations=integer))
     return model

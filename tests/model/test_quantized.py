@@ -139,6 +139,13 @@ def test_unrolled_blocks_give_what_stacked_ones_do(scheme: str) -> None:
     np.testing.assert_allclose(program(unrolled)(apart), on_one_device(scheme), atol=2e-5)
 
 
+def test_activations_are_in_int8_where_that_costs_little() -> None:
+    model = wrap(abstract_model(SMALL), "int8", int8_activations=True)
+    made = {path: module for path, module in nnx.iter_modules(model) if isinstance(module, QuantizedLinear)}
+    integer = {path for path, module in made.items() if module.int8_activations}
+    assert integer == {("language", "layers", name) for name in ("query", "gate", "up")}
+
+
 def test_int8_activations_are_near_and_not_the_same() -> None:
     exact, rounded = on_one_device("int8"), on_one_device("int8", True)
     difference = np.abs(rounded - exact)
