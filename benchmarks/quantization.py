@@ -44,8 +44,8 @@ class Way(NamedTuple):
     int8_activations: bool = False
 
     def __str__(self) -> str:
-        products = "int8" if self.int8_activations else self.dtype
-        return f"{self.quantization or self.dtype} kernels, {products} products"
+        products = "half of the products int8" if self.int8_activations else f"{self.dtype} products"
+        return f"{self.quantization or self.dtype} kernels, {products}"
 
 
 # The first is what the others are compared with.

@@ -229,7 +229,7 @@ def _bench(bench: argparse.ArgumentParser) -> None:
     )
     add_dtype(bench)
     add_quantize(bench, "store the kernels of random weights in 8 or 4 bits")
-    add_int8_activations(bench)
+    add_int8_activations(bench, default="off")
     add_mesh(bench)
     bench.add_argument(
         "--repeats",

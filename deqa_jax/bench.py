@@ -87,6 +87,8 @@ def measure(models: Mapping[str, Checkpoint], settings: BenchSettings, folder: P
       folder: where photographs are written.
     """
     mesh, dtype = scoring_mesh(settings.mesh), scoring_dtype(settings.dtype, jax.local_devices()[0].platform)
+    # By its name: with `auto` the scorer would choose int8 activations as well.
+    settings = dataclasses.replace(settings, dtype=dtype)
     products = "int8" if settings.int8_activations else dtype
     _logger.info("a matrix product in %s", products)
     # In front of any model, so that it takes part in no model's peak of memory.

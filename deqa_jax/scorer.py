@@ -92,8 +92,8 @@ class Scorer:
 
         Args:
           checkpoint: a converted checkpoint.
-          dtype: of parameters and matrix products: `float32`, `bfloat16`, or `auto`, which is float32 on CPU and
-            bfloat16 elsewhere.
+          dtype: of parameters and matrix products: `float32`, `bfloat16`, or `auto`, which is float32 on CPU (with
+            `int8_activations` where kernels are int8) and bfloat16 elsewhere.
           batch_size: images at once, over all devices; chosen for the devices without it.
           prompt: `scorer` or `eval`, the two published entry points, whose scores differ slightly.
           mesh: how this process's devices share the work. Without it each holds the whole model and scores its part of
@@ -121,8 +121,10 @@ class Scorer:
             raise ConfigError(
                 f"{checkpoint.folder}: int8 activations need int8 kernels, which `deqa convert --quantize int8` makes"
             )
+        # Int8 is the faster there, and its scores are as near to those of float32 (benchmarks/README.md).
+        automatic = dtype == "auto" and platform == "cpu" and checkpoint.quantization == "int8"
+        self.int8_activations = int8_activations or automatic
         self.dtype = dtype = scoring_dtype(dtype, platform)
-        self.int8_activations = int8_activations
         self.prompt = prompt
         self._most_pixels = math.inf if input_size_limit is None else input_size_limit * 1e6
         self.identity = checkpoint.identity

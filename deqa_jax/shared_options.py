@@ -28,7 +28,7 @@ def add_model(command: argparse.ArgumentParser, prompt: str, default: str = "") 
         default=prompt,
         help=f"which published entry point to follow; their scores differ slightly (default: {prompt})",
     )
-    add_int8_activations(command)
+    add_int8_activations(command, default="on CPU with --dtype auto")
     command.add_argument(
         "--input-size-limit",
         type=megapixels,
@@ -48,12 +48,12 @@ def add_dtype(command: argparse.ArgumentParser) -> None:
     )
 
 
-def add_int8_activations(command: argparse.ArgumentParser) -> None:
-    """Whether half of the products of int8 kernels are in int8."""
+def add_int8_activations(command: argparse.ArgumentParser, default: str) -> None:
+    """Whether half of the products of int8 kernels are in int8; `default` says where they are without it."""
     command.add_argument(
         "--int8-activations",
         action="store_true",
-        help="of int8 kernels: multiply in int8, activations rounded too, where that costs little",
+        help=f"of int8 kernels: multiply in int8, activations rounded, where that costs little (default: {default})",
     )
 
 

@@ -173,6 +173,17 @@ def leaves(scorer: Scorer) -> list[Any]:
     return jax.tree.leaves(scorer._params)
 
 
+@pytest.mark.parametrize(
+    ("scheme", "dtype", "chosen"),
+    [("int8", "auto", True), ("int8", "float32", False), ("int4", "auto", False), (None, "auto", False)],
+)
+def test_on_cpu_activations_of_int8_kernels_are_int8_unless_a_dtype_is_named(
+    tiny: dict[str | None, Path], scheme: str | None, dtype: str, chosen: bool
+) -> None:
+    scorer = Scorer(Checkpoint.open(tiny[scheme]), dtype=dtype, batch_size=2)
+    assert (scorer.dtype, scorer.int8_activations) == ("float32", chosen)
+
+
 @pytest.mark.parametrize("scheme", [None, "int4"])
 def test_int8_activations_need_int8_kernels(tiny: dict[str | None, Path], scheme: str | None) -> None:
     with pytest.raises(ConfigError, match="int8 activations need int8 kernels, which `deqa convert --quantize int8`"):
