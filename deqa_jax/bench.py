@@ -62,7 +62,7 @@ class BenchSettings:
     """How to measure.
 
     Attributes:
-      dtype, mesh, int8_activations: those of `Scorer`.
+      dtype, mesh, int8_activations: those of `Scorer`; a dtype of `auto` leaves activations as they are.
       batch_sizes: a row each; without any, the scorer's own choice.
       repeats: runs that each median is of.
       images: files from end to end; without it 64, or four batches if they are more.
@@ -86,10 +86,10 @@ def measure(models: Mapping[str, Checkpoint], settings: BenchSettings, folder: P
       settings: how to measure.
       folder: where photographs are written.
     """
-    mesh, dtype = scoring_mesh(settings.mesh), scoring_dtype(settings.dtype, jax.local_devices()[0].platform)
+    mesh = scoring_mesh(settings.mesh)
     # By its name: with `auto` the scorer would choose int8 activations as well.
-    settings = dataclasses.replace(settings, dtype=dtype)
-    products = "int8" if settings.int8_activations else dtype
+    settings = dataclasses.replace(settings, dtype=scoring_dtype(settings.dtype, jax.local_devices()[0].platform))
+    products = "int8" if settings.int8_activations else settings.dtype
     _logger.info("a matrix product in %s", products)
     # In front of any model, so that it takes part in no model's peak of memory.
     rate = matmul_rate(products, mesh, settings.repeats)
@@ -97,7 +97,7 @@ def measure(models: Mapping[str, Checkpoint], settings: BenchSettings, folder: P
     for name, checkpoint in models.items():
         about: Row = {
             "model": name,
-            "dtype": dtype,
+            "dtype": settings.dtype,
             "quantization": checkpoint.quantization,
             "int8_activations": settings.int8_activations,
             "mesh": dict(mesh.shape),

@@ -25,6 +25,7 @@ from deqa_jax.prompt import PROMPTS
 from deqa_jax.scoring_program import (
     Prediction,
     check_fit,
+    int8_activations_by_default,
     programs,
     scoring_dtype,
     scoring_mesh,
@@ -121,9 +122,8 @@ class Scorer:
             raise ConfigError(
                 f"{checkpoint.folder}: int8 activations need int8 kernels, which `deqa convert --quantize int8` makes"
             )
-        # Int8 is the faster there, and its scores are as near to those of float32 (benchmarks/README.md).
-        automatic = dtype == "auto" and platform == "cpu" and checkpoint.quantization == "int8"
-        self.int8_activations = int8_activations or automatic
+        by_default = int8_activations_by_default(dtype, platform, checkpoint.quantization)
+        self.int8_activations = int8_activations or by_default
         self.dtype = dtype = scoring_dtype(dtype, platform)
         self.prompt = prompt
         self._most_pixels = math.inf if input_size_limit is None else input_size_limit * 1e6

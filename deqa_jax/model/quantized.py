@@ -57,7 +57,7 @@ class QuantizedLinear(nnx.Module):
 def wrap(model: Deqa, scheme: str, *, int8_activations: bool = False) -> Deqa:
     """Makes those dense layers of an abstract model quantised ones whose kernels are, in place.
 
-    With `int8_activations` the products of `query`, `gate` and `up` are in int8.
+    With `int8_activations` the products of `_INTEGER_PRODUCTS` are in int8.
     """
     layers = [
         (path, module)
