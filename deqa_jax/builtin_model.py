@@ -20,22 +20,34 @@ HASHES_FILE = "SHA256SUMS"
 _logger = logging.getLogger(__name__)
 
 
-def folder_of(model: str) -> Path | str:
-    """The folder of this model if it is the one that is named; what else is named comes back as it is.
-
-    A folder of that name in the working directory goes first.
+def whole_folder() -> Path:
+    """The folder of this model.
 
     Raises:
       CheckpointError: a file of the model is missing or damaged.
     """
-    if model != NAME or Path(model).exists():
-        return model
     if problems := damaged_files(FOLDER):
         raise CheckpointError(
             f"{FOLDER}: {', '.join(problems)} missing or damaged; install the package again: "
             "pip install --force-reinstall deqa-jax"
         )
     return FOLDER
+
+
+def folder_of(model: str) -> Path | str:
+    """The folder of this model if it is the one that is named; what else is named comes back as it is.
+
+    A folder of that name in the working directory goes first, which is said.
+
+    Raises:
+      CheckpointError: a file of the model is missing or damaged.
+    """
+    if model != NAME:
+        return model
+    if Path(model).exists():
+        _logger.warning("%s is the folder of that name in this one, not the model that comes with the package", NAME)
+        return model
+    return whole_folder()
 
 
 @functools.cache

@@ -173,7 +173,7 @@ class Scorer:
         use_compilation_cache()
         if model is None:
             builtin_model.announce()
-            model = builtin_model.NAME
+            model = builtin_model.whole_folder()
         return cls(Checkpoint.open(resolve(os.fspath(model))), **options)
 
     def __call__(self, images: Sequence[ImageLike]) -> Float[np.ndarray, "N"]:

@@ -80,11 +80,17 @@ def test_it_is_announced_once(caplog: pytest.LogCaptureFixture) -> None:
     assert "deqa-tiny" in caplog.records[0].message
 
 
-def test_a_folder_of_its_name_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_of_its_name_goes_first_where_it_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert builtin_model.folder_of("deqa-tiny") == FOLDER
     (tmp_path / "deqa-tiny").mkdir()
-    assert builtin_model.folder_of("deqa-tiny") == "deqa-tiny"
+    with caplog.at_level(logging.WARNING, logger="deqa_jax"):
+        assert builtin_model.folder_of("deqa-tiny") == "deqa-tiny"
+    assert "not the model that comes with the package" in caplog.text
+    # Where none is named it is the package's.
+    assert Scorer.from_pretrained(dtype="float32", batch_size=1).identity
 
 
 def test_info_knows_it() -> None:
