@@ -286,6 +286,12 @@ def _init(init: argparse.ArgumentParser) -> None:
         help="1.2 M (tiny) to 8.2 B parameters (default: test)",
     )
     init.add_argument("--seed", type=seed, default=0, metavar="N", help="of the weights (default: 0)")
+    init.add_argument(
+        "--pictures",
+        type=Path,
+        metavar="DIR",
+        help="pictures to train on: measured, so that training finds its way sooner",
+    )
     add_stored_dtype(init, "float32")
 
 

@@ -333,7 +333,13 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _init(options: argparse.Namespace) -> int:
+    from deqa_jax.measured_weights import PicturesError
+    from deqa_jax.preprocess import ImageError
     from deqa_jax.random_model import init
 
-    init(options.out, size=options.size, seed=options.seed, dtype=options.dtype or "float32")
+    dtype = options.dtype or "float32"
+    try:
+        init(options.out, size=options.size, seed=options.seed, dtype=dtype, pictures=options.pictures)
+    except (PicturesError, ImageError) as error:
+        return _fail(str(error), USAGE_STATUS)
     return 0

@@ -28,9 +28,11 @@ from deqa_jax.compilation import use_compilation_cache
 from deqa_jax.config import PRESETS, DeqaConfig, Execution
 from deqa_jax.files import new_folder, refuse_existing
 from deqa_jax.labels import ANSWER, QUESTIONS
+from deqa_jax.measured_weights import measured_weights
 from deqa_jax.model.deqa import Deqa
 from deqa_jax.model.layers import EMBEDDING_STD
 from deqa_jax.parameters import Leaves, ParamPath, flatten, parameter_shapes
+from deqa_jax.preprocess import PreprocessConfig
 from deqa_jax.prompt import LEVELS, PROMPTS, SYSTEM_SENTENCES
 from deqa_jax.quantize import KERNEL_SCALE, is_quantized, parameter_dtype, quantize
 
@@ -49,7 +51,7 @@ _PREPROCESSOR = {
 }
 
 
-def init(out: Path, *, size: str = "test", seed: int = 0, dtype: str = "float32") -> None:
+def init(out: Path, *, size: str = "test", seed: int = 0, dtype: str = "float32", pictures: Path | None = None) -> None:
     """Makes a converted checkpoint of random weights, with a small vocabulary of its own.
 
     Args:
@@ -57,20 +59,24 @@ def init(out: Path, *, size: str = "test", seed: int = 0, dtype: str = "float32"
       size: a key of `config.PRESETS`.
       seed: the same seed gives the same weights.
       dtype: what to store.
+      pictures: a folder of pictures such as the model will be trained on, on which some of its weights are measured.
 
     Raises:
       FileExistsError: `out` is there already.
+      PicturesError: `pictures` has none.
+      ImageError: one of them cannot be read.
     """
     refuse_existing(out)
     use_compilation_cache()
-    config = PRESETS[size]
+    config, side_files = PRESETS[size], random_side_files()
     execution = Execution(param_dtype=dtype)
     state = jax.jit(lambda key: nnx.state(Deqa(config, execution=execution, rngs=nnx.Rngs(key))))(jax.random.key(seed))
     arrays = flatten(nnx.to_pure_dict(state))
     drawn: dict[ParamPath, np.ndarray] = {path: np.asarray(arrays[path], np.float32) for path in first_weights.DRAWN}
-    for path, first in first_weights.first_weights(config, seed, drawn).items():
-        # Of the blocks, which are stacked, the first one.
-        arrays[path] = (arrays[path].at[0] if "layers" in path else arrays[path].at[:]).set(first.astype(dtype))
+    _put(arrays, first_weights.first_weights(config, seed, drawn))
+    if pictures is not None:
+        preprocess = PreprocessConfig.from_published(json.loads(side_files[PREPROCESSOR_FILE]))
+        _put(arrays, measured_weights(config, arrays, pictures, preprocess))
     # An optimizer's steps are of one size: of the published 0.02 the first ones would leave nothing.
     arrays[EMBEDDING] *= jnp.asarray(1 / EMBEDDING_STD, dtype)
     leaves = {path: InMemory(array) for path, array in arrays.items()}
@@ -79,11 +85,18 @@ def init(out: Path, *, size: str = "test", seed: int = 0, dtype: str = "float32"
             temporary,
             config=config,
             leaves=leaves,
-            side_files=random_side_files(),
+            side_files=side_files,
             published_config=None,
             provenance={"source": f"deqa init --size {size} --seed {seed}: random weights, scores mean nothing"},
         )
     logging.getLogger(__name__).info("%s: random weights; its scores mean nothing", out)
+
+
+def _put(arrays: dict[ParamPath, jax.Array], values: dict[ParamPath, Float[np.ndarray, "..."]]) -> None:
+    """Replaces parameters; of the blocks, which are stacked, the first one's."""
+    for path, value in values.items():
+        place = arrays[path].at[0] if "layers" in path else arrays[path].at[:]
+        arrays[path] = place.set(value.astype(arrays[path].dtype))
 
 
 class RandomCheckpoint(Checkpoint):

@@ -611,8 +611,11 @@ def test_init_makes_a_model_that_scores(deqa, images, tmp_path):
 @pytest.mark.parametrize(
     ("options", "passed"),
     [
-        ([], {"size": "test", "seed": 0, "dtype": "float32"}),
-        (["--size", "mid", "--seed", "5", "--dtype", "float16"], {"size": "mid", "seed": 5, "dtype": "float16"}),
+        ([], {"size": "test", "seed": 0, "dtype": "float32", "pictures": None}),
+        (
+            ["--size", "mid", "--seed", "5", "--dtype", "float16", "--pictures", "P"],
+            {"size": "mid", "seed": 5, "dtype": "float16", "pictures": Path("P")},
+        ),
     ],
     ids=["defaults", "all"],
 )

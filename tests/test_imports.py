@@ -22,6 +22,7 @@ ROWS = [
     ["deqa_jax.model.deqa", "deqa_jax.preprocess", "deqa_jax.prompt"],
     ["deqa_jax.parameters", "deqa_jax.losses", "deqa_jax.model.quantized"],
     ["deqa_jax.first_weights"],
+    ["deqa_jax.measured_weights"],
     ["deqa_jax.data.datasets", "deqa_jax.data.metas", "deqa_jax.data.opinions", "deqa_jax.data.soft_labels"],
     ["deqa_jax.data.degradations"],
     ["deqa_jax.data.scenes"],

@@ -67,6 +67,19 @@ class AbstractorBlock(nnx.Module):
     ) -> Float[Array, "B Q D"]:
         # Quirk: the residual starts from the normed queries, not from what came in.
         x = self.query_norm(x)
+        x = x + self.out(self.context(x, vision, query_position, key_position)).astype(jnp.float32)
+        h = self.mlp_norm(x)
+        h = self.ffn_norm(jax.nn.silu(self.gate(h)) * self.up(h))
+        return x + self.down(h).astype(jnp.float32)
+
+    def context(
+        self,
+        x: Float[Array, "B Q D"],
+        vision: Float[Array, "B S D"],
+        query_position: Float[Array, "1 Q D"],
+        key_position: Float[Array, "1 S D"],
+    ) -> Float[Array, "B Q D"]:
+        """What normed queries read of each other and the vision tokens, all heads' side by side."""
         values = jnp.concatenate([x.astype(self.dtype), self.key_norm(vision)], axis=1)
         # Quirk: keys carry positions, values do not.
         keys = values + jnp.concatenate([query_position, key_position], axis=1)
@@ -75,10 +88,7 @@ class AbstractorBlock(nnx.Module):
             self._heads(self.key(keys)),
             self._heads(self.value(values)),
         )
-        x = x + self.out(context.reshape(x.shape)).astype(jnp.float32)
-        h = self.mlp_norm(x)
-        h = self.ffn_norm(jax.nn.silu(self.gate(h)) * self.up(h))
-        return x + self.down(h).astype(jnp.float32)
+        return context.reshape(x.shape)
 
     def _heads(self, x: Float[Array, "B T D"]) -> Float[Array, "B T H E"]:
         return x.reshape(*x.shape[:2], self.num_heads, -1)
