@@ -24,7 +24,7 @@ from deqa_jax.first_weights import QUERIES
 from deqa_jax.model.abstractor import AbstractorBlock, key_positions, query_positions
 from deqa_jax.model.vision import VisionTower
 from deqa_jax.parameters import ParamPath, unflatten
-from deqa_jax.preprocess import IMAGE_SUFFIXES, PreprocessConfig, load_square, normalize
+from deqa_jax.preprocess import IMAGE_SUFFIXES, PreprocessConfig, images_below, load_square, normalize
 
 _BLOCK = ("abstractor", "layers")
 VALUE, VALUE_BIAS, OUT = ((*_BLOCK, *name) for name in (("value", "kernel"), ("value", "bias"), ("out", "kernel")))
@@ -57,8 +57,7 @@ def measured_weights(
       PicturesError: there are none.
       ImageError: one of them cannot be read.
     """
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
-    if not found:
+    if not (found := images_below(folder)):
         raise PicturesError(f"{folder}: no images in this folder (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
     chosen = [found[i] for i in np.unique(np.linspace(0, len(found) - 1, _MOST_PICTURES).round().astype(int))]
     contexts = np.concatenate(list(_contexts(config, arrays, chosen, preprocess)))

@@ -99,6 +99,11 @@ def _is_colour(value: Any) -> bool:
     )
 
 
+def images_below(folder: Path) -> list[Path]:
+    """All files below a folder that are images by their names, sorted."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+
+
 def load_square(
     image: ImageLike, config: PreprocessConfig, *, most_pixels: float = math.inf
 ) -> UInt8[np.ndarray, "H H 3"]:

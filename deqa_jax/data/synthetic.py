@@ -25,7 +25,7 @@ from tqdm import tqdm
 from deqa_jax.data.degradations import FAMILIES, Degradation, degrade, named_families, severity
 from deqa_jax.data.scenes import scene, scene_size
 from deqa_jax.files import new_folder, write_text
-from deqa_jax.preprocess import IMAGE_SUFFIXES, ImageError, load_rgb
+from deqa_jax.preprocess import IMAGE_SUFFIXES, ImageError, images_below, load_rgb
 
 SAMPLES_FILE = "samples.png"
 LABELS_FILE = "labels.json"
@@ -124,7 +124,7 @@ def synthesize(out: Path, settings: SyntheticSettings = SyntheticSettings(), *, 
 def _readable_pictures(source: Path, settings: SyntheticSettings) -> list[Path]:
     if not source.is_dir():
         raise SyntheticError(f"{source}: no such folder")
-    found = sorted(path for path in source.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    found = images_below(source)
     order = np.random.default_rng([settings.seed, _SPLIT]).permutation(len(found))
     readable: list[Path] = []
     for path in (found[i] for i in order):
