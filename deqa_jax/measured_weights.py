@@ -97,7 +97,8 @@ def _contexts(
         queries = jnp.broadcast_to(params[QUERIES], (len(pixels), *params[QUERIES].shape))
         return block.context(block.query_norm(queries), vision, *(jnp.asarray(place)[None] for place in positions))
 
-    params = {path: jnp.asarray(array, jnp.float32) for path, array in arrays.items()}
+    # The language model, nearly all of a large one, takes no part.
+    params = {path: jnp.asarray(array, jnp.float32) for path, array in arrays.items() if path[0] != "language"}
     progress = tqdm(total=len(paths), unit="picture", file=sys.stderr, disable=None)
     with progress, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as decoders:
         for start in range(0, len(paths), _BATCH):
