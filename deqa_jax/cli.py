@@ -231,14 +231,14 @@ def _labels(options: argparse.Namespace) -> int:
 def _synth(options: argparse.Namespace) -> int:
     from deqa_jax.data.degradations import UnknownFamilyError, named_families
     from deqa_jax.data.synthetic import LABELS_FILE, SyntheticError, SyntheticSettings, synthesize
-    from deqa_jax.preprocess import ImageError
+    from deqa_jax.preprocess import ImageError, NoImagesError
 
     settings = {name: getattr(options, name) for name in ("scenes", "versions", "test_ratio", "seed")}
     try:
         if options.families is not None:
             settings["families"] = named_families(options.families)
         synthesize(options.out, SyntheticSettings(**settings), source=options.source)
-    except (SyntheticError, UnknownFamilyError) as error:
+    except (SyntheticError, NoImagesError, UnknownFamilyError) as error:
         return _fail(str(error), USAGE_STATUS)
     except ImageError as error:
         return _fail(str(error), _FAILED)
@@ -333,13 +333,12 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _init(options: argparse.Namespace) -> int:
-    from deqa_jax.measured_weights import PicturesError
-    from deqa_jax.preprocess import ImageError
+    from deqa_jax.preprocess import ImageError, NoImagesError
     from deqa_jax.random_model import init
 
     dtype = options.dtype or "float32"
     try:
         init(options.out, size=options.size, seed=options.seed, dtype=dtype, pictures=options.pictures)
-    except (PicturesError, ImageError) as error:
+    except (NoImagesError, ImageError) as error:
         return _fail(str(error), USAGE_STATUS)
     return 0

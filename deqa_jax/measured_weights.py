@@ -24,7 +24,7 @@ from deqa_jax.first_weights import QUERIES
 from deqa_jax.model.abstractor import AbstractorBlock, key_positions, query_positions
 from deqa_jax.model.vision import VisionTower
 from deqa_jax.parameters import ParamPath, unflatten
-from deqa_jax.preprocess import IMAGE_SUFFIXES, PreprocessConfig, images_below, load_square, normalize
+from deqa_jax.preprocess import PreprocessConfig, images_below, load_square, normalize
 
 _BLOCK = ("abstractor", "layers")
 VALUE, VALUE_BIAS, OUT = ((*_BLOCK, *name) for name in (("value", "kernel"), ("value", "bias"), ("out", "kernel")))
@@ -33,10 +33,6 @@ _MOST_PICTURES = 2000
 _BATCH = 16
 # What is added to the variance of each direction, that of a channel being one: less is noise.
 _LEAST_VARIANCE = 1e-3
-
-
-class PicturesError(ValueError):
-    """A folder without pictures that can be read; the message names it."""
 
 
 def measured_weights(
@@ -54,11 +50,10 @@ def measured_weights(
       Arrays in float64 by path.
 
     Raises:
-      PicturesError: there are none.
+      NoImagesError: there are none.
       ImageError: one of them cannot be read.
     """
-    if not (found := images_below(folder)):
-        raise PicturesError(f"{folder}: no images in this folder (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
+    found = images_below(folder)
     chosen = [found[i] for i in np.unique(np.linspace(0, len(found) - 1, _MOST_PICTURES).round().astype(int))]
     contexts = np.concatenate(list(_contexts(config, arrays, chosen, preprocess)))
     contexts = contexts.reshape(-1, contexts.shape[-1])

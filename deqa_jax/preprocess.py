@@ -37,6 +37,10 @@ class ImageError(ValueError):
     """An image that cannot be read; the message names the file."""
 
 
+class NoImagesError(ValueError):
+    """A folder in which no file is an image by its name; the message names it."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PreprocessConfig:
     """How pixels are made: side in pixels, Pillow's resampling filter, and the mean and deviation of each colour."""
@@ -100,8 +104,14 @@ def _is_colour(value: Any) -> bool:
 
 
 def images_below(folder: Path) -> list[Path]:
-    """All files below a folder that are images by their names, sorted."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    """All files below a folder that are images by their names, sorted.
+
+    Raises:
+      NoImagesError: there are none.
+    """
+    if found := [path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]:
+        return sorted(found)
+    raise NoImagesError(f"{folder}: no images in this folder (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
 
 
 def load_square(

@@ -63,7 +63,7 @@ def init(out: Path, *, size: str = "test", seed: int = 0, dtype: str = "float32"
 
     Raises:
       FileExistsError: `out` is there already.
-      PicturesError: `pictures` has none.
+      NoImagesError: `pictures` has none.
       ImageError: one of them cannot be read.
     """
     refuse_existing(out)
@@ -80,6 +80,7 @@ def init(out: Path, *, size: str = "test", seed: int = 0, dtype: str = "float32"
     # An optimizer's steps are of one size: of the published 0.02 the first ones would leave nothing.
     arrays[EMBEDDING] *= jnp.asarray(1 / EMBEDDING_STD, dtype)
     leaves = {path: InMemory(array) for path, array in arrays.items()}
+    command = f"deqa init --size {size} --seed {seed}" + (f" --pictures {pictures}" if pictures is not None else "")
     with new_folder(out) as temporary:
         write_checkpoint(
             temporary,
@@ -87,7 +88,7 @@ def init(out: Path, *, size: str = "test", seed: int = 0, dtype: str = "float32"
             leaves=leaves,
             side_files=side_files,
             published_config=None,
-            provenance={"source": f"deqa init --size {size} --seed {seed}: random weights, scores mean nothing"},
+            provenance={"source": f"{command}: random weights, scores mean nothing"},
         )
     logging.getLogger(__name__).info("%s: random weights; its scores mean nothing", out)
 

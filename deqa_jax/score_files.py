@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from deqa_jax import distributed
 from deqa_jax.files import refuse_existing
-from deqa_jax.preprocess import IMAGE_SUFFIXES, images_below
+from deqa_jax.preprocess import NoImagesError, images_below
 from deqa_jax.prompt import LEVELS
 from deqa_jax.scorer import Result, Scorer
 
@@ -56,12 +56,10 @@ def find_images(patterns: Iterable[str], stdin: TextIO) -> list[str]:
         if pattern == "-":
             paths += [line for line in (raw.rstrip("\r\n") for raw in stdin) if line]
         elif Path(pattern).is_dir():
-            found = sorted(map(str, images_below(Path(pattern))))
-            if not found:
-                raise UsageError(
-                    f"{pattern}: no images in this folder (looked for {', '.join(sorted(IMAGE_SUFFIXES))})"
-                )
-            paths += found
+            try:
+                paths += sorted(map(str, images_below(Path(pattern))))
+            except NoImagesError as error:
+                raise UsageError(str(error)) from error
         elif glob.has_magic(pattern) and not Path(pattern).exists():
             matches = sorted(path for path in glob.glob(pattern, recursive=True) if Path(path).is_file())
             if not matches:

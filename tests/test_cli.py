@@ -157,7 +157,7 @@ def test_bad_usage_exits_with_2_and_says_where_help_is(arguments, complaint, deq
         (["synth", "D", "--families", "jpeg,jpg"], "no family 'jpg'; there are haze, vignetting"),
         (["synth", "D", "--families", ""], "no family named; there are haze, vignetting"),
         (["synth", "D", "--from", "absent"], "absent: no such folder"),
-        (["synth", "D", "--from", "."], ".: no readable pictures in this folder"),
+        (["synth", "D", "--from", "."], ".: no images in this folder"),
         (["synth", "."], "give it a name"),
         (["bench", "--mesh", "data=3"], "mesh data 3, fsdp 1, tensor 1 does not fit 8 devices"),
         (["bench", "--mesh", "data=2,tensor=4", "--batch-size", "4,3"], "batch size 3 does not divide"),

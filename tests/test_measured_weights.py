@@ -23,6 +23,10 @@ def measured(tmp_path_factory):
     return Checkpoint.open(out)
 
 
+def test_the_provenance_names_the_command(measured):
+    assert f"deqa init --size test --seed 3 --pictures {EXAMPLES}: random" in measured.provenance["source"]
+
+
 @pytest.mark.parametrize("size", ["test", "tiny"])
 def test_what_queries_read_is_standardised_and_then_whitened(size, tmp_path):
     init(tmp_path / "M", size=size, pictures=EXAMPLES)

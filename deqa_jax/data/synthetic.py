@@ -98,7 +98,8 @@ def synthesize(out: Path, settings: SyntheticSettings = SyntheticSettings(), *, 
 
     Raises:
       FileExistsError: `out` has something in it, or is no folder.
-      SyntheticError: `source` has no picture that can be read, or `out` no name.
+      NoImagesError: `source` has no picture.
+      SyntheticError: it has none that can be read, or `out` no name.
       ImageError: a picture could be read at first, and no more when its turn came.
       ChildProcessError: a process that makes pictures was ended from outside.
     """
