@@ -4,6 +4,7 @@ import functools
 import io
 import json
 import logging
+import shlex
 import zlib
 from collections.abc import Collection
 from pathlib import Path
@@ -80,7 +81,8 @@ def init(out: Path, *, size: str = "test", seed: int = 0, dtype: str = "float32"
     # An optimizer's steps are of one size: of the published 0.02 the first ones would leave nothing.
     arrays[EMBEDDING] *= jnp.asarray(1 / EMBEDDING_STD, dtype)
     leaves = {path: InMemory(array) for path, array in arrays.items()}
-    command = f"deqa init --size {size} --seed {seed}" + (f" --pictures {pictures}" if pictures is not None else "")
+    measured_on = [] if pictures is None else ["--pictures", str(pictures)]
+    command = shlex.join(["deqa", "init", "--size", size, "--seed", str(seed), "--dtype", dtype, *measured_on])
     with new_folder(out) as temporary:
         write_checkpoint(
             temporary,

@@ -1,5 +1,6 @@
 """What a model starts from that is measured on pictures: of those, everything it reads is alike."""
 
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,8 @@ def measured(tmp_path_factory):
 
 
 def test_the_provenance_names_the_command(measured):
-    assert f"deqa init --size test --seed 3 --pictures {EXAMPLES}: random" in measured.provenance["source"]
+    command = f"deqa init --size test --seed 3 --dtype float32 --pictures {shlex.quote(str(EXAMPLES))}"
+    assert f"{command}: random" in measured.provenance["source"]
 
 
 @pytest.mark.parametrize("size", ["test", "tiny"])

@@ -53,10 +53,10 @@ def test_the_dtype_is_what_is_stored(model):
     assert {str(leaf.dtype) for leaf in Checkpoint.open(model).stored.values()} == {"bfloat16"}
 
 
-def test_the_provenance_says_that_scores_mean_nothing(model):
+def test_the_provenance_says_the_command_and_that_scores_mean_nothing(model):
     opened = Checkpoint.open(model)
     assert opened.published_config is None
-    assert "--seed 7" in opened.provenance["source"]
+    assert opened.provenance["source"].startswith("deqa init --size test --seed 7 --dtype bfloat16: ")
     assert "scores mean nothing" in opened.provenance["source"]
 
 
