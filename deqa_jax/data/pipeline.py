@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 
 import grain
 import numpy as np
+from jaxtyping import UInt8
 
-from deqa_jax.data.augmentation import augmented
+from deqa_jax.data.augmentation import augmented, stored_again
 from deqa_jax.data.metas import Item, MetaError, read_metas
 from deqa_jax.data.pairs import locate, partner
 from deqa_jax.files import first_of
-from deqa_jax.preprocess import ImageLike, PreprocessConfig, load_square
+from deqa_jax.preprocess import ImageLike, PreprocessConfig, load_rgb, load_square
 from deqa_jax.prompt import IGNORED_LABEL, IMAGE_ID, PromptError, Tokenizer, encode_conversation
 
 LEVEL_PREFIX = "The quality of the image is"
@@ -34,8 +35,9 @@ class DataConfig:
       pairs: train on pairs of images of one dataset; else on single ones.
       system: conversation style, a key of `prompt.SYSTEM_SENTENCES`.
       max_length: token ids of a conversation beyond are cut off.
-      augment: show each image turned, mirrored and moved a little at random, another way every time; the published runs
-        did not. For models from nothing and for small datasets, which are else soon known by heart.
+      augment: show each image as if stored once more, turned, mirrored and moved a little at random, another way every
+        time; the published runs did not. For models from nothing and for small datasets, which are else soon known by
+        heart.
     """
 
     metas: tuple[str, ...] = ()
@@ -149,20 +151,23 @@ class TrainingData:
         chosen = [item]
         if self._config.pairs:
             chosen.append(partner(item, sizes[dataset], seed=self._seed, position=position))
-        sides = [self._side(dataset, one) for one in chosen]
-        if self._config.augment:
-            rng = np.random.default_rng([self._seed, position])
-            for side in sides:
-                side["images"] = augmented(rng, side["images"])
+        rng = np.random.default_rng([self._seed, position]) if self._config.augment else None
+        sides = [self._side(dataset, one, rng) for one in chosen]
         arrays = {name: np.stack([side[name] for side in sides]) for name in sides[0]}
         arrays["is_score"] = np.asarray(is_score(self._sets[dataset].items[item]))
         return arrays
 
-    def _side(self, dataset: int, index: int) -> dict[str, np.ndarray]:
+    def _square(self, image: ImageLike, rng: np.random.Generator | None) -> UInt8[np.ndarray, "H H 3"]:
+        """An image as the model reads it; augmented, if there is something that decides how."""
+        if rng is None:
+            return load_square(image, self._preprocess)
+        return augmented(rng, load_square(stored_again(rng, load_rgb(image)), self._preprocess))
+
+    def _side(self, dataset: int, index: int, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
         item, text = self._sets[dataset].items[index], self._texts[dataset][index]
         padding = (0, self.length - len(text.after))
         return {
-            "images": load_square(self._sets[dataset].load(index), self._preprocess),
+            "images": self._square(self._sets[dataset].load(index), rng),
             "after": np.pad(text.after, padding, constant_values=_PADDING_ID),
             "labels": np.pad(text.labels, padding, constant_values=IGNORED_LABEL),
             "level_position": np.asarray(text.level_position, np.int32),

@@ -1,10 +1,11 @@
-"""Pictures shown another way: the same pixels in other places."""
+"""Pictures shown another way: the same pixels in other places, or stored once more."""
 
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
-from deqa_jax.data.augmentation import augmented
+from deqa_jax.data.augmentation import augmented, stored_again
 
 
 def numbered(side):
@@ -44,3 +45,44 @@ def test_chance_is_the_generators():
     first, again, other = (augmented(np.random.default_rng(seed), picture) for seed in (1, 1, 2))
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()
+
+
+# ---- stored again -----------------------------------------------------------------------------------------
+
+
+def ramps(width, height):
+    """A smooth picture, as after a strong blur: its colours change slowly from side to side."""
+    across, down = np.linspace(40, 210, width), np.linspace(200, 60, height)
+    planes = np.broadcast_arrays(across[None], down[:, None], (across[None] + down[:, None]) / 2)
+    return Image.fromarray(np.stack(planes, axis=-1).astype(np.uint8))
+
+
+@given(width=st.integers(1, 60), height=st.integers(1, 60), seed=st.integers(0, 2**32 - 1))
+def test_pictures_stay_what_they_are(width, height, seed):
+    picture = ramps(width, height)
+    before = np.array(picture)
+    found = stored_again(np.random.default_rng(seed), picture)
+    assert (found.size, found.mode) == (picture.size, "RGB")
+    np.testing.assert_array_equal(picture, before)
+    assert np.array_equal(found, stored_again(np.random.default_rng(seed), picture))
+
+
+def test_some_are_left_alone_and_none_is_changed_to_be_seen():
+    picture = ramps(160, 120)
+    before = np.float32(picture)
+    rng = np.random.default_rng(0)
+    pictures = [np.float32(stored_again(rng, picture)) for _ in range(200)]
+    errors = np.array([(found - before).std() for found in pictures])
+    assert 40 <= np.count_nonzero(errors == 0) <= 80
+    assert errors.max() < 2.5
+    assert max(abs((found - before).mean()) for found in pictures) < 0.5
+    # How strongly is another each time.
+    assert len(np.unique(errors)) > 60
+
+
+def test_what_is_added_reaches_pictures_that_end_at_black_and_white():
+    for tone in (0, 255):
+        flat = Image.new("RGB", (64, 64), (tone,) * 3)
+        found = [np.int32(stored_again(np.random.default_rng(seed), flat)) for seed in range(40)]
+        assert max(np.abs(one - tone).max() for one in found) < 8
+        assert any((one != tone).any() for one in found)

@@ -538,7 +538,9 @@ def test_sets_of_ones_own_can_be_trained_on(tokenizer):
 # ---- augmentation -----------------------------------------------------------------------------------------
 
 
-def test_augmented_examples_are_a_function_of_their_position(make, tmp_path):
+def test_augmented_examples_are_a_function_of_their_position(make, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(pipeline, "stored_again", lambda rng, picture: seen.append(picture.size) or picture)
     pixels = np.random.default_rng(0).integers(0, 256, (28, 28, 3), np.uint8)
     plain, data = make(ratings(0, 1, 2)), make(ratings(0, 1, 2), augment=True)
     for entry in ratings(0, 1, 2):
@@ -552,3 +554,18 @@ def test_augmented_examples_are_a_function_of_their_position(make, tmp_path):
     for image in (*first["images"], *later["images"]):
         np.testing.assert_array_equal(np.sort(image.reshape(-1)), np.sort(pixels.reshape(-1)))
     np.testing.assert_array_equal(plain.example(0, 1)["images"], [pixels, pixels])
+    assert seen == [(28, 28)] * 6, "of each picture that was augmented"
+
+
+def test_augmented_pictures_are_stored_again_before_they_are_padded(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "augmented", lambda rng, square: square)
+    exact, data = make(ratings(0, 1, 2)), make(ratings(0, 1, 2), augment=True)
+    for entry in ratings(0, 1, 2):
+        Image.new("RGB", (140, 70), (200, 40, 40)).save(tmp_path / entry["image"])
+    plain = exact.example(0, 0)["images"]
+    found = np.stack([data.example(position, 0)["images"] for position in range(12)])
+    # Twenty-eight rows, of which the picture has the middle half: beyond what resizing mixes, padding is as ever.
+    for rows in (slice(0, 4), slice(24, 28)):
+        np.testing.assert_array_equal(found[:, :, rows], np.broadcast_to(plain[:, rows], found[:, :, rows].shape))
+    changed = [(square != one).any() for squares in found for square, one in zip(squares, plain, strict=True)]
+    assert 0 < sum(changed) < 24
