@@ -1,6 +1,7 @@
 """The model that comes with the package: whole, small, what its card says, with the scores it was shipped with."""
 
 import hashlib
+import io
 import json
 import logging
 import re
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image, ImageFilter
 
 from deqa_jax import Scorer, builtin_model
 from deqa_jax.checkpoint import Checkpoint, CheckpointError
@@ -69,6 +71,24 @@ def test_examples_get_worse_and_their_scores_fall() -> None:
         assert scores == sorted(scores, reverse=True)
         assert scores[0] > 3.5
         assert scores[3] < 2.5
+
+
+def test_a_blurred_picture_is_bad_however_it_is_stored() -> None:
+    """What was blurred last is free of noise to the last bit only until it is stored as pictures are."""
+    scorer = Scorer.from_pretrained(dtype="float32", batch_size=4)
+    rng = np.random.default_rng(0)
+    scores = []
+    for kind in ("blur", "noise", "jpeg"):
+        with Image.open(ROOT / "examples" / f"{kind}_0.jpg") as picture:
+            blurred = picture.filter(ImageFilter.GaussianBlur(8))
+        noisy = np.asarray(blurred) + rng.standard_normal((480, 640, 3))
+        jpegs = [io.BytesIO() for _ in range(2)]
+        for content, quality in zip(jpegs, (95, 85), strict=True):
+            blurred.save(content, "JPEG", quality=quality)
+        stored = [content.getvalue() for content in jpegs]
+        scores.append(scorer([blurred, np.clip(noisy + 0.5, 0, 255).astype(np.uint8), *stored]))
+    assert np.max(scores) < 2.5
+    assert np.ptp(scores, axis=1).max() < 0.5
 
 
 def test_it_is_announced_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -25,6 +25,7 @@ def test_they_are_where_the_package_has_them():
         "mix3_full.yaml",
         "mix3_lora.yaml",
         "tiny_cpu.yaml",
+        "tiny_stored.yaml",
         "tiny_synthetic.yaml",
     ]
 
