@@ -105,7 +105,6 @@ def bench(options: argparse.Namespace) -> int:
     from deqa_jax.bench import BenchSettings, check_settings, machine, measure
     from deqa_jax.bench_table import as_table
     from deqa_jax.checkpoint import CheckpointError
-    from deqa_jax.compilation import use_compilation_cache
     from deqa_jax.config import ConfigError, MeshConfig
     from deqa_jax.convert.tensors import ConversionError
 
@@ -121,7 +120,6 @@ def bench(options: argparse.Namespace) -> int:
         about = machine(check_settings(settings))
     except ConfigError as error:
         return fail(str(error), USAGE_STATUS)
-    use_compilation_cache()
     rows: list[dict[str, Any]] = []
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="deqa-bench-")))

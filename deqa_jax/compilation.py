@@ -42,14 +42,19 @@ def use_compilation_cache() -> None:
 
 
 @contextlib.contextmanager
-def without_compilation_cache() -> Iterator[None]:
-    """What is compiled inside is neither taken from the folder of compiled programs nor put there."""
-    before = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]  # set at run time
-    jax.config.update("jax_enable_compilation_cache", False)
-    # JAX asks only once whether there is a cache.
-    compilation_cache.reset_cache()
+def compilation_cache_in(folder: Path) -> Iterator[None]:
+    """What is compiled inside is kept in this folder, and taken from nowhere else."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+
+    def use(values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            jax.config.update(name, value)
+        # JAX looks at the folder's name only once.
+        compilation_cache.reset_cache()
+
+    use(dict(zip(names, (str(folder), 0.0), strict=True)))
     try:
         yield
     finally:
-        jax.config.update("jax_enable_compilation_cache", before)
-        compilation_cache.reset_cache()
+        use(before)

@@ -148,7 +148,10 @@ class Scorer:
         leaves = scoring_parameters(config, self.dtype, self._mesh, quantization)
         check_memory("the model", bytes_per_device(leaves), self._mesh)
         model = scoring_model(config, self.dtype, self._mesh, quantization, int8_activations=self.int8_activations)
-        if self._mesh.size == 1 and (device := self._mesh.devices.item()).platform == "cpu":
+        device = self._mesh.devices.flat[0]
+        # On GPUs it is not known of kernels of few bits, nor what it does to the memory that they are cast in.
+        side_by_side = device.platform == "cpu" or (device.platform == "gpu" and quantization is None)
+        if self._mesh.size == 1 and side_by_side:
             self._params = unflatten(_restore_unstacked(checkpoint, self.dtype, device))
             return model.unrolled()
         shardings = {path: leaf.sharding for path, leaf in leaves.items()}

@@ -37,7 +37,7 @@ def cheap():
     """A model, a matrix product and photographs that cost next to nothing."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PRESETS, "tiny", TINY)
-        patch.setattr(bench, "_MATMUL", {"cpu": (8, 16, 8)})
+        patch.setattr(bench, "_MATMUL", {"cpu": (8, 16, 8, 2)})
         for module in (bench, bench_table):
             patch.setattr(module, "PHOTOGRAPH", (64, 48))
         yield
@@ -171,7 +171,7 @@ def test_a_matrix_product_is_measured_on_all_devices(monkeypatch):
 
     monkeypatch.setattr(bench, "timed", timed)
     mesh = scoring_mesh(bench.MeshConfig(data=2, fsdp=1, tensor=4))
-    assert bench.matmul_rate("bfloat16", mesh, 1) == 8 * 2 * 8 * 16 * 8 / 0.5
+    assert bench.matmul_rate("bfloat16", mesh, 1) == 2 * 8 * 2 * 8 * 16 * 8 / 0.5
     assert shapes == [(8, 16), (16, 8)]
 
 
@@ -179,12 +179,12 @@ def test_a_matrix_product_in_int8_is_one_of_whole_numbers(monkeypatch):
     products = []
 
     def timed(function, left, right, *, repeats):
-        products.append((left, right, function(left, right)))
+        products.extend((left, right, product) for product in function(left, right))
         return {"median": 0.5}, None
 
     monkeypatch.setattr(bench, "timed", timed)
-    assert bench.matmul_rate("int8", scoring_mesh(None), 1) == 2 * 8 * 16 * 8 / 0.5
-    ((left, right, product),) = products
+    assert bench.matmul_rate("int8", scoring_mesh(None), 1) == 2 * 2 * 8 * 16 * 8 / 0.5
+    (left, right, product), _ = products
     assert (left.dtype, right.dtype, product.dtype) == (np.int8, np.int8, np.int32)
     assert np.ptp(np.asarray(left, int)) > 200
     np.testing.assert_array_equal(product, np.asarray(left, int) @ np.asarray(right, int))

@@ -5,18 +5,20 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from deqa_jax.compilation import scoring_jit, without_compilation_cache
+from deqa_jax.compilation import compilation_cache_in, scoring_jit
 
 
-def test_compiled_programs_are_kept_except_where_they_are_not_to_be(tmp_path):
+def test_programs_are_kept_in_the_folder_that_is_named_as_long_as_it_is(tmp_path):
+    users, named = tmp_path / "users", tmp_path / "named"
     before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    jax.config.update("jax_compilation_cache_dir", str(users))
     try:
-        with without_compilation_cache():
+        with compilation_cache_in(named):
             jax.jit(lambda x: 3 * x + 41).lower(1.0).compile()
-        assert not list(tmp_path.iterdir())
+        assert list(named.iterdir())
+        assert not users.exists()
         jax.jit(lambda x: 3 * x + 42).lower(1.0).compile()
-        assert list(tmp_path.iterdir())
+        assert list(users.iterdir())
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
         compilation_cache.reset_cache()

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROWS = [
     ["deqa_jax", "deqa_jax.config", "deqa_jax.convert", "deqa_jax.data", "deqa_jax.metrics"],
     ["deqa_jax.option_values", "deqa_jax.flops", "deqa_jax.allocation", "deqa_jax.compilation"],
-    ["deqa_jax.model.tpu_attention"],
+    ["deqa_jax.model.tpu_attention", "deqa_jax.model.cuda_attention"],
     ["deqa_jax.shared_options"],
     ["deqa_jax.arguments"],
     ["deqa_jax.model.layers", "deqa_jax.files", "deqa_jax.data.pairs", "deqa_jax.train", "deqa_jax.distributed"],

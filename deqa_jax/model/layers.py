@@ -17,7 +17,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from deqa_jax.config import Execution
-from deqa_jax.model.tpu_attention import suits, tpu_attention
+from deqa_jax.model.cuda_attention import cuda_attention, suits_cuda
+from deqa_jax.model.tpu_attention import suits_tpu, tpu_attention
 
 # Embeddings of a random model are drawn with this deviation (LLaMA's and CLIP's own).
 EMBEDDING_STD = 0.02
@@ -88,15 +89,20 @@ def attention(
     """Softmax attention scaled by 1/√head_dim, logits and softmax in float32; `mask` is True where a query may look.
 
     Without a mask (the vision tower's 1025 tokens), heads are taken one after the other on CPU: a head's logits
-    then stay in the cache, which is five times as fast as all heads at once. On TPU, a kernel keeps them on the chip
-    (`placed` is how `[B, T, D]` is split). Queries in `chunks` parts, whose logits are computed again in the backward
-    pass so that only one part's are ever there, are for gradients: the kernel's take three times the memory.
+    then stay in the cache, which is five times as fast as all heads at once. On TPU and on NVIDIA GPUs, a kernel keeps
+    them on the chip (`placed` is how `[B, T, D]` is split). Queries in `chunks` parts, whose logits are computed again
+    in the backward pass so that only one part's are ever there, are for gradients: those of the TPU's kernel take three
+    times the memory.
     """
     if mask is not None:
         return _attention_at_once(query, key, value, mask)
     elsewhere = functools.partial(_attention_in_chunks, chunks=chunks) if chunks > 1 else _attention_at_once
-    tpu = functools.partial(tpu_attention, placed=placed) if chunks == 1 and suits(query, key) else elsewhere
-    return jax.lax.platform_dependent(query, key, value, cpu=_attention_by_head, tpu=tpu, default=elsewhere)
+    platforms = {"cpu": _attention_by_head}
+    if chunks == 1 and suits_tpu(query, key):
+        platforms["tpu"] = functools.partial(tpu_attention, placed=placed)
+    if suits_cuda(query, key):
+        platforms["cuda"] = cuda_attention
+    return jax.lax.platform_dependent(query, key, value, **platforms, default=elsewhere)
 
 
 def _attention_at_once(
@@ -162,7 +168,7 @@ def stack(make_block: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: n
 def unstack(blocks: nnx.Module, num_layers: int) -> nnx.List:
     """The blocks of an abstract stack (`nnx.eval_shape`) side by side, for `fold` to unroll.
 
-    On CPU a scan copies each layer's weights out of the stack at every step, which costs a language tower of
+    On CPU and GPUs a scan copies each layer's weights out of the stack at every step, which costs a language tower of
     a few hundred tokens a fifth of its speed; blocks of their own are used where they lie.
     """
     graphdef, state = nnx.split(blocks)

@@ -13,13 +13,13 @@ _LANES = 128
 _MOST_QUERIES, _MOST_QUERIES_BACKWARD = 1152, 512
 
 
-def suits(query: Float[Array, "B T H E"], key: Float[Array, "B S H E"]) -> bool:
+def suits_tpu(query: Float[Array, "B T H E"], key: Float[Array, "B S H E"]) -> bool:
     """Whether the kernel is the right one: of many tokens at each other, in bfloat16, with heads half a register wide.
 
     Products of float32 would be rounded more than XLA is asked to.
 
     >>> tokens = jnp.zeros((1, 1025, 16, 64), jnp.bfloat16)
-    >>> suits(tokens, tokens), suits(tokens[:, :64], tokens)
+    >>> suits_tpu(tokens, tokens), suits_tpu(tokens[:, :64], tokens)
     (True, False)
     """
     return query.dtype == jnp.bfloat16 and query.shape == key.shape and query.shape[-1] % 64 == 0

@@ -8,7 +8,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding
 
 from deqa_jax.config import MeshConfig
-from deqa_jax.model.tpu_attention import suits, tpu_attention
+from deqa_jax.model.tpu_attention import suits_tpu, tpu_attention
 from deqa_jax.sharding import BATCH, make_mesh
 
 
@@ -68,7 +68,7 @@ def test_a_mesh_splits_batch_and_heads(heads, shape):
 
 def test_it_suits_bfloat16_tokens_that_look_at_each_other():
     tokens = jnp.zeros((2, 1025, 16, 64), jnp.bfloat16)
-    assert suits(tokens, tokens)
-    assert not suits(tokens.astype(jnp.float32), tokens.astype(jnp.float32))
-    assert not suits(tokens[:, :64], tokens)
-    assert not suits(tokens[..., :12], tokens[..., :12])
+    assert suits_tpu(tokens, tokens)
+    assert not suits_tpu(tokens.astype(jnp.float32), tokens.astype(jnp.float32))
+    assert not suits_tpu(tokens[:, :64], tokens)
+    assert not suits_tpu(tokens[..., :12], tokens[..., :12])
