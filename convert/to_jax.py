@@ -8,19 +8,20 @@ import importlib.metadata
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from deqa_jax import builtin_model
-from deqa_jax.checkpoint import Checkpoint, is_checkpoint, write_checkpoint
+from deqa_jax.checkpoint import TOKENIZER_FILE, Checkpoint, is_checkpoint, write_checkpoint
 from deqa_jax.config import DeqaConfig
 from deqa_jax.files import new_folder, refuse_existing, sha256
 from deqa_jax.parameters import ParamPath, parameter_shapes
 from deqa_jax.quantize import is_quantized
 
+from .average import averaged
 from .hf import Published, open_published, side_files
 from .names import Rule, account, rules_for
 from .peft import is_adapter, merge_adapter
@@ -64,7 +65,13 @@ def locate(source: str) -> Path:
 
 
 def convert(
-    source: str, out: Path, *, base: str | None = None, dtype: str | None = None, quantization: str | None = None
+    source: str,
+    out: Path,
+    *,
+    base: str | None = None,
+    average: Sequence[str] = (),
+    dtype: str | None = None,
+    quantization: str | None = None,
 ) -> None:
     """Converts a published checkpoint, full or LoRA, into a folder that `Checkpoint.open` reads.
 
@@ -75,7 +82,8 @@ def convert(
       source: a folder or a hub id; a converted folder too, to store it otherwise.
       out: the folder to make.
       base: for a LoRA adapter, the full checkpoint that it was trained on.
-      dtype: what to store; by default what the source stores, and float32 for weights merged with an adapter.
+      average: other models of the same sizes and vocabulary, as `source` is named, whose mean with it is taken.
+      dtype: what to store; by default what the source stores, and float32 for weights merged with an adapter and means.
       quantization: a scheme of `quantize.SCHEMES` for the kernels of blocks; `dtype` is then of the rest.
 
     Raises:
@@ -90,7 +98,7 @@ def convert(
         # What is quantised is not rounded to another dtype first.
         return FLOAT_DTYPES[dtype] if dtype and not (quantization and is_quantized(path)) else None
 
-    whole = (_from_converted if is_checkpoint(Path(source)) else _from_published)(source, base, stored)
+    whole = _averaged(source, base, average, stored) if average else _whole(source, base, stored)
     leaves = quantized(whole.leaves, quantization) if quantization else whole.leaves
     total = sum(leaf.num_bytes for leaf in leaves.values())
     with new_folder(out) as temporary, progress_bar("convert", total) as progress:
@@ -119,6 +127,36 @@ class _Source:
 
 
 _Stored = Callable[[ParamPath], np.dtype | None]
+
+
+def _whole(source: str, base: str | None, stored: _Stored) -> _Source:
+    return (_from_converted if is_checkpoint(Path(source)) else _from_published)(source, base, stored)
+
+
+def _averaged(source: str, base: str | None, others: Sequence[str], stored: _Stored) -> _Source:
+    def as_it_is(path: ParamPath) -> np.dtype | None:
+        return None
+
+    def tokenizer(found: _Source) -> bytes:
+        return {path.name: path for path in found.side_files}[TOKENIZER_FILE].read_bytes()
+
+    whole = _whole(source, base, as_it_is)
+    models = [whole]
+    for name in others:
+        if not is_checkpoint(Path(name)) and is_adapter(locate(name)):
+            raise ConversionError([f"{name}: a LoRA adapter; merge it first: deqa convert {name} OUT --base BASE"])
+        other = _whole(name, None, as_it_is)
+        if other.config != whole.config:
+            raise ConversionError([f"{name}: is not of the same sizes as {source}, so there is no mean of them"])
+        if tokenizer(other) != tokenizer(whole):
+            raise ConversionError([f"{name}: has another vocabulary than {source}, so there is no mean of them"])
+        models.append(other)
+    with_these = [{"model": name, **other.provenance} for name, other in zip(others, models[1:], strict=True)]
+    return dataclasses.replace(
+        whole,
+        leaves=averaged([model.leaves for model in models], stored),
+        provenance={**whole.provenance, "averaged_with": with_these},
+    )
 
 
 def _from_published(source: str, base: str | None, stored: _Stored) -> _Source:

@@ -264,7 +264,14 @@ def _convert(convert: argparse.ArgumentParser) -> None:
     convert.add_argument("source", metavar="SRC", help="folder or hub id")
     convert.add_argument("out", type=Path, metavar="OUT", help="folder to make; must not exist")
     convert.add_argument("--base", metavar="DIR", help="for a LoRA adapter: the full checkpoint it was trained on")
-    add_stored_dtype(convert, "what the source stores; weights merged with an adapter are float32")
+    convert.add_argument(
+        "--average",
+        action="append",
+        default=[],
+        metavar="MODEL",
+        help="take the mean of the weights with those of this model, of the same sizes; can be repeated",
+    )
+    add_stored_dtype(convert, "what the source stores; weights merged with an adapter, and means, are float32")
     add_quantize(convert, "store kernels in 8 or 4 bits, for scoring only")
 
 

@@ -299,7 +299,7 @@ def _convert(options: argparse.Namespace) -> int:
 
     settings = {"base": options.base, "dtype": options.dtype, "quantization": options.quantize}
     try:
-        convert(options.source, options.out, **settings)
+        convert(options.source, options.out, average=options.average, **settings)
     except CheckpointError as error:
         return _fail(str(error), _FAILED)
     except ConversionError as error:

@@ -40,6 +40,7 @@ ROWS = [
     ["deqa_jax.report", "deqa_jax.gallery", "deqa_jax.random_model", "deqa_jax.train.loop"],
     ["deqa_jax.convert.tensors", "deqa_jax.convert.progress"],
     [
+        "deqa_jax.convert.average",
         "deqa_jax.convert.names",
         "deqa_jax.convert.torch_file",
         "deqa_jax.convert.torch_save",

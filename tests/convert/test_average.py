@@ -1,0 +1,144 @@
+"""`deqa convert --average`: means of several models, and which have none."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from small_runs import TINY, write_tiny
+
+from deqa_jax.checkpoint import Checkpoint, InMemory, write_checkpoint
+from deqa_jax.config import QuantizedError
+from deqa_jax.convert.average import averaged
+from deqa_jax.convert.tensors import ConversionError
+from deqa_jax.convert.to_jax import convert
+from deqa_jax.convert.to_published import export
+from deqa_jax.random_model import RandomCheckpoint
+
+PATH = ("language", "final_norm", "scale")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Three models of one size; read only."""
+    folder = tmp_path_factory.mktemp("models")
+    return [write_tiny(folder / f"M{seed}", seed=seed) for seed in range(3)]
+
+
+def leaves_of(folder):
+    return Checkpoint.open(folder).restore()
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_every_parameter_is_the_mean(models, tmp_path, deqa, count):
+    others = [word for other in models[1:count] for word in ("--average", other)]
+    assert deqa("convert", models[0], tmp_path / "out", *others)[0] == 0
+    found, given = leaves_of(tmp_path / "out"), [leaves_of(model) for model in models[:count]]
+    assert found.keys() == given[0].keys()
+    for path, leaf in found.items():
+        np.testing.assert_allclose(leaf, np.mean([one[path] for one in given], axis=0), rtol=1e-6, atol=1e-7)
+        assert leaf.dtype == np.float32
+    named = Checkpoint.open(tmp_path / "out").provenance["averaged_with"]
+    assert [(one["model"], one["source"]) for one in named] == [
+        (str(model), f"a test, seed {seed}") for seed, model in enumerate(models[1:count], 1)
+    ]
+
+
+def test_published_models_have_a_mean_with_converted_ones(models, tmp_path):
+    """Of what is stored in few digits too it is float32, if nothing else is said."""
+    export(models[1], tmp_path / "published", dtype="float16")
+    convert(str(tmp_path / "published"), tmp_path / "out", average=[str(models[0])])
+    convert(str(tmp_path / "published"), tmp_path / "half", average=[str(models[0])], dtype="float16")
+    rounded = leaves_of(models[1])[PATH].astype(np.float16).astype(np.float32)
+    expected = (rounded + leaves_of(models[0])[PATH]) / 2
+    np.testing.assert_array_equal(leaves_of(tmp_path / "out")[PATH], expected)
+    half = leaves_of(tmp_path / "half")[PATH]
+    assert half.dtype == np.float16
+    np.testing.assert_array_equal(half, expected.astype(np.float16))
+
+
+def test_a_mean_with_itself_is_the_model(models, tmp_path):
+    convert(str(models[0]), tmp_path / "out", average=[str(models[0])])
+    for path, leaf in leaves_of(models[0]).items():
+        np.testing.assert_array_equal(leaves_of(tmp_path / "out")[path], leaf)
+
+
+def test_a_mean_can_be_quantised(models, tmp_path):
+    convert(str(models[0]), tmp_path / "mean", average=[str(models[1])])
+    convert(str(tmp_path / "mean"), tmp_path / "later", quantization="int8")
+    convert(str(models[0]), tmp_path / "at once", average=[str(models[1])], quantization="int8")
+    later, at_once = leaves_of(tmp_path / "later"), leaves_of(tmp_path / "at once")
+    assert later.keys() == at_once.keys()
+    for path, leaf in later.items():
+        np.testing.assert_array_equal(at_once[path], leaf)
+
+
+@given(
+    st.lists(
+        hnp.arrays(np.float32, (2, 3), elements=st.floats(-(2.0**100), 2.0**100, width=32)), min_size=1, max_size=4
+    )
+)
+def test_a_mean_lies_between(arrays):
+    (mean,) = averaged([{PATH: InMemory(array)} for array in arrays], lambda path: None).values()
+    assert (mean.shape, mean.dtype) == ((2, 3), np.float32)
+    slack = 1e-6 * np.abs(arrays).max(axis=0) * len(arrays)
+    assert (mean.read() >= np.min(arrays, axis=0) - slack).all()
+    assert (mean.read() <= np.max(arrays, axis=0) + slack).all()
+
+
+def test_what_a_dtype_cannot_hold_is_refused():
+    large = InMemory(np.full(2, 1e6, np.float32))
+    (mean,) = averaged([{PATH: large}, {PATH: large}], lambda path: np.dtype(np.float16)).values()
+    with pytest.raises(ConversionError, match="language/final_norm/scale: has values that float16 cannot hold"):
+        mean.read()
+
+
+def refused(deqa, tmp_path, source, other, *words):
+    status, _, err = deqa("convert", source, tmp_path / "out", "--average", other)
+    assert status == 1
+    for word in words:
+        assert word in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_of_other_sizes_have_none(models, tmp_path, deqa):
+    config = dataclasses.replace(TINY, language=dataclasses.replace(TINY.language, num_layers=1))
+    (tmp_path / "files").mkdir()
+    made = RandomCheckpoint.make(config, tmp_path / "files")
+    (tmp_path / "other").mkdir()
+    write_checkpoint(
+        tmp_path / "other",
+        config=config,
+        leaves={path: InMemory(array) for path, array in made.restore().items()},
+        side_files={path.name: path.read_bytes() for path in (tmp_path / "files").iterdir()},
+        published_config=None,
+        provenance={},
+    )
+    refused(deqa, tmp_path, models[0], tmp_path / "other", f"{tmp_path / 'other'}: is not of the same sizes as")
+
+
+def test_models_of_other_vocabularies_have_none(models, tmp_path, deqa):
+    other = write_tiny(tmp_path / "other")
+    (other / "tokenizer.model").write_bytes(b"another")
+    refused(deqa, tmp_path, models[0], other, f"{other}: has another vocabulary than")
+
+
+def test_a_published_adapter_is_to_be_merged_first(models, tmp_path, deqa):
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}))
+    refused(deqa, tmp_path, models[0], folder, f"merge it first: deqa convert {folder} OUT --base BASE")
+
+
+def test_what_is_not_there_is_named(models, tmp_path, deqa):
+    refused(deqa, tmp_path, models[0], tmp_path / "absent", f"{tmp_path / 'absent'}: no such folder")
+
+
+def test_quantised_models_have_none(models, tmp_path):
+    convert(str(models[0]), tmp_path / "int8", quantization="int8")
+    with pytest.raises(QuantizedError, match="int8"):
+        convert(str(models[0]), tmp_path / "out", average=[str(tmp_path / "int8")])
+    assert not (tmp_path / "out").exists()
