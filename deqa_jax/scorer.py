@@ -149,7 +149,7 @@ class Scorer:
         check_memory("the model", bytes_per_device(leaves), self._mesh)
         model = scoring_model(config, self.dtype, self._mesh, quantization, int8_activations=self.int8_activations)
         device = self._mesh.devices.flat[0]
-        # On GPUs it is not known of kernels of few bits, nor what it does to the memory that they are cast in.
+        # Kernels of few bits are faster from a stack on GPUs, but for one image at a time.
         side_by_side = device.platform == "cpu" or (device.platform == "gpu" and quantization is None)
         if self._mesh.size == 1 and side_by_side:
             self._params = unflatten(_restore_unstacked(checkpoint, self.dtype, device))
