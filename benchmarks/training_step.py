@@ -23,7 +23,7 @@ import numpy as np
 
 from deqa_jax.bench import machine, matmul_rate, peak_memory
 from deqa_jax.compilation import use_compilation_cache
-from deqa_jax.config import PRESETS
+from deqa_jax.config import PRESETS, ConfigError
 from deqa_jax.launch.hlo import count_flops
 from deqa_jax.parameters import Leaves
 from deqa_jax.preprocess import PreprocessConfig
@@ -91,9 +91,12 @@ def main() -> None:
     parser.add_argument("--size", choices=PRESETS, default="full")
     parser.add_argument("--repeats", type=int, default=7)
     options, overrides = parser.parse_known_args()
-    config = read_config(options.config, overrides)
+    try:
+        config = read_config(options.config, overrides)
+        program, sides = make_program(config, options.size), 2 if config.data.pairs else 1
+    except ConfigError as error:
+        parser.error(str(error))
     use_compilation_cache()
-    program, sides = make_program(config, options.size), 2 if config.data.pairs else 1
     mesh = program.batch_sharding.mesh
     rate = matmul_rate(config.dtype, mesh, options.repeats)
     shapes, batch = program.state(), random_batch(program, sides)

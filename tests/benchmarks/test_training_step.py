@@ -56,3 +56,11 @@ def test_a_step_is_timed_and_its_operations_are_counted_once(script, tmp_path, m
     head = 2 * script._AFTER * config.language.hidden_size * config.language.vocab_size
     expected = row["images"] * (sum(forward.values()) + forward["language"] + 2 * head)
     assert 0.9 * expected < row["flop"] < 1.1 * expected
+
+
+def test_a_configuration_that_is_none_is_named(script, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["training_step.py", str(tmp_path / "absent.yaml")])
+    with pytest.raises(SystemExit) as exit:
+        script.main()
+    assert exit.value.code == 2
+    assert f"{tmp_path / 'absent.yaml'}: no such file" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -87,6 +88,13 @@ def test_a_mean_lies_between(arrays):
     slack = 1e-6 * np.abs(arrays).max(axis=0) * len(arrays)
     assert (mean.read() >= np.min(arrays, axis=0) - slack).all()
     assert (mean.read() <= np.max(arrays, axis=0) + slack).all()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_what_is_stored_in_other_dtypes_is_summed_in_float32(dtype):
+    leaves = [{PATH: InMemory(np.full(2, value).astype(jnp.dtype(dtype)))} for value in (256.0, 1.0)]
+    (mean,) = averaged(leaves, lambda path: None).values()
+    np.testing.assert_array_equal(mean.read(), np.full(2, 128.5, np.float32), strict=True)
 
 
 def test_what_a_dtype_cannot_hold_is_refused():
