@@ -7,8 +7,9 @@ from pathlib import Path
 
 import jax
 import pytest
+from small_runs import TINY
+from test_sharding import quick_compilation  # noqa: F401  # a fixture of every test here too
 
-from deqa_jax.config import PRESETS
 from deqa_jax.flops import flops
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,6 +34,7 @@ def script(monkeypatch):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "use_compilation_cache", lambda: None)
+    monkeypatch.setattr(module, "PRESETS", {"test": TINY})
     monkeypatch.setattr(module, "matmul_rate", lambda dtype, mesh, repeats: 1e9)
     return module
 
@@ -51,9 +53,8 @@ def test_a_step_is_timed_and_its_operations_are_counted_once(script, tmp_path, m
     assert row["fraction_of_matmul_rate"] == pytest.approx(row["flop_per_second"] / 1e9)
     # Forward once; backward the language model alone, of which only adapters have gradients of their own. In training
     # there are logits of the whole vocabulary, for every token behind the image.
-    config = PRESETS["test"]
-    forward = flops(config, script._BEFORE, script._AFTER, cached=False)
-    head = 2 * script._AFTER * config.language.hidden_size * config.language.vocab_size
+    forward = flops(TINY, script._BEFORE, script._AFTER, cached=False)
+    head = 2 * script._AFTER * TINY.language.hidden_size * TINY.language.vocab_size
     expected = row["images"] * (sum(forward.values()) + forward["language"] + 2 * head)
     assert 0.9 * expected < row["flop"] < 1.1 * expected
 

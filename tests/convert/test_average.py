@@ -63,8 +63,9 @@ def test_published_models_have_a_mean_with_converted_ones(models, tmp_path):
 
 def test_a_mean_with_itself_is_the_model(models, tmp_path):
     convert(str(models[0]), tmp_path / "out", average=[str(models[0])])
+    found = leaves_of(tmp_path / "out")
     for path, leaf in leaves_of(models[0]).items():
-        np.testing.assert_array_equal(leaves_of(tmp_path / "out")[path], leaf)
+        np.testing.assert_array_equal(found[path], leaf)
 
 
 def test_a_mean_can_be_quantised(models, tmp_path):

@@ -34,7 +34,7 @@ def kernel(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize(("length", "keys"), [(9, 9), (4, 9), (9, 4), (6, 6)])
+@pytest.mark.parametrize(("length", "keys"), [(4, 9), (9, 4)])
 def test_odd_lengths_are_filled_up_for_gradients_alone(kernel, length, keys):
     given, wanted = operands(length, keys), operands(length, keys, seed=1)[0]
     np.testing.assert_array_equal(cuda_attention(*given), PLAIN(*given))
