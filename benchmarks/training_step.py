@@ -24,27 +24,22 @@ import numpy as np
 from deqa_jax.bench import machine, matmul_rate, peak_memory
 from deqa_jax.compilation import use_compilation_cache
 from deqa_jax.config import PRESETS, ConfigError
+from deqa_jax.launch.aot import TRAINING_TEXT, training_program
 from deqa_jax.launch.hlo import count_flops
 from deqa_jax.parameters import Leaves
-from deqa_jax.preprocess import PreprocessConfig
 from deqa_jax.sharding import make_mesh
 from deqa_jax.train.program import Program
 from deqa_jax.train.settings import TrainConfig, read_config
 from deqa_jax.train.step import TrainState
 
-# Of the published tokenizer: the conversation in front of an image and the longest answer of the rating task.
-_BEFORE, _AFTER = 35, 32
-_LEVEL_IDS = (1, 2, 3, 4, 5)
+_AFTER = TRAINING_TEXT[1]
 # Kernels, embeddings and adapters are small enough for any depth, and no zeros, which run faster than a model's.
 _DEVIATION = 0.02
 
 
 def make_program(config: TrainConfig, size: str) -> Program:
     """The run's program, for a model of this size, on all devices."""
-    model = PRESETS[size]
-    preprocess = PreprocessConfig(size=model.vision.image_size, resample=3, mean=(0.5,) * 3, std=(0.25,) * 3)
-    mesh = make_mesh(config.mesh, jax.devices())
-    return Program(config, model, preprocess, tuple(range(_BEFORE)), _LEVEL_IDS, steps=1000, mesh=mesh)
+    return training_program(config, PRESETS[size], make_mesh(config.mesh, jax.devices()))
 
 
 def random_leaves(shapes: Leaves) -> Leaves:

@@ -8,7 +8,7 @@ import numpy as np
 from deqa_jax.checkpoint import Leaf
 from deqa_jax.parameters import ParamPath
 
-from .tensors import ConversionError, Tensor, dtype_name
+from .tensors import Tensor, cast
 
 
 def averaged(
@@ -33,8 +33,4 @@ def _mean(path: ParamPath, leaves: Sequence[Leaf], dtype: np.dtype) -> np.ndarra
     for leaf in leaves:
         total += leaf.read()
     total /= len(leaves)
-    try:
-        with np.errstate(over="raise"):
-            return total.astype(dtype, copy=False)
-    except FloatingPointError as error:
-        raise ConversionError([f"{'/'.join(path)}: has values that {dtype_name(dtype)} cannot hold"]) from error
+    return cast("/".join(path), total, dtype)

@@ -49,3 +49,12 @@ def common_dtype(*dtypes: np.dtype) -> np.dtype:
 def dtype_name(dtype: np.dtype) -> str:
     """A dtype's name in `FLOAT_DTYPES`."""
     return next(name for name, known in FLOAT_DTYPES.items() if known == dtype)
+
+
+def cast(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """The array in a dtype. Raises `ConversionError`, which says what it is called, if that cannot hold its values."""
+    try:
+        with np.errstate(over="raise"):
+            return array.astype(dtype, copy=False)
+    except FloatingPointError as error:
+        raise ConversionError([f"{name}: has values that {dtype_name(dtype)} cannot hold"]) from error

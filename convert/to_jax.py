@@ -27,7 +27,7 @@ from .names import Rule, account, rules_for
 from .peft import is_adapter, merge_adapter
 from .progress import progress_bar
 from .quantized import quantized
-from .tensors import FLOAT_DTYPES, ConversionError, Tensor, common_dtype, dtype_name
+from .tensors import FLOAT_DTYPES, ConversionError, Tensor, cast, common_dtype, dtype_name
 
 _LOG = logging.getLogger(__name__)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -143,8 +143,8 @@ def _averaged(source: str, base: str | None, others: Sequence[str], stored: _Sto
     whole = _whole(source, base, as_it_is)
     models = [whole]
     for name in others:
-        if not is_checkpoint(Path(name)) and is_adapter(locate(name)):
-            raise ConversionError([f"{name}: a LoRA adapter; merge it first: deqa convert {name} OUT --base BASE"])
+        if not is_checkpoint(Path(name)):
+            _refuse_adapter(name, locate(name))
         other = _whole(name, None, as_it_is)
         if other.config != whole.config:
             raise ConversionError([f"{name}: is not of the same sizes as {source}, so there is no mean of them"])
@@ -157,6 +157,11 @@ def _averaged(source: str, base: str | None, others: Sequence[str], stored: _Sto
         leaves=averaged([model.leaves for model in models], stored),
         provenance={**whole.provenance, "averaged_with": with_these},
     )
+
+
+def _refuse_adapter(name: str, folder: Path) -> None:
+    if is_adapter(folder):
+        raise ConversionError([f"{name}: a LoRA adapter; merge it first: deqa convert {name} OUT --base BASE"])
 
 
 def _from_published(source: str, base: str | None, stored: _Stored) -> _Source:
@@ -183,12 +188,7 @@ def _from_converted(source: str, base: str | None, stored: _Stored) -> _Source:
     checkpoint.require_exact("converting")
 
     def read(path: ParamPath, dtype: np.dtype) -> np.ndarray:
-        leaf = checkpoint.read_leaf(path)
-        try:
-            with np.errstate(over="raise"):
-                return leaf.astype(dtype, copy=False)
-        except FloatingPointError as error:
-            raise ConversionError([f"{'/'.join(path)}: has values that {dtype_name(dtype)} cannot hold"]) from error
+        return cast("/".join(path), checkpoint.read_leaf(path), dtype)
 
     leaves = {}
     for path, leaf in checkpoint.stored.items():
@@ -263,8 +263,7 @@ def resolve(model: str) -> Path:
     if is_checkpoint(Path(model)):
         return Path(model)
     folder = locate(model)
-    if is_adapter(folder):
-        raise ConversionError([f"{model}: a LoRA adapter; merge it first: deqa convert {model} OUT --base BASE"])
+    _refuse_adapter(model, folder)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deqa-jax" / "models"
     cached = cache / f"{folder.resolve().name}-{_fingerprint(folder)}"
     if not cached.exists():

@@ -41,7 +41,7 @@ from .topology import PlanError, Topology, first_line, open_topology
 _GIB = 2**30
 # Of the published tokenizer: the conversation in front of a training image and the longest answer of the rating task
 # behind it; the same of the scorer's prompt.
-_TRAINING_TEXT = (35, 32)
+TRAINING_TEXT = (35, 32)
 _SCORING_TEXT = (15, 12)
 # Values change nothing, only how many there are.
 _LEVEL_IDS = (1, 2, 3, 4, 5)
@@ -155,9 +155,8 @@ def training_job(config: TrainConfig, topology: Topology) -> Job:
     if quantization is not None:
         raise ConfigError(f"{config.model}: its weights are quantised ({quantization}), which is for scoring only")
     mesh = make_mesh(config.mesh, topology.devices)
-    before, after = _TRAINING_TEXT
-    # The number of steps is a constant in the schedule.
-    program = Program(config, model, _preprocess(model), tuple(range(before)), _LEVEL_IDS, steps=1000, mesh=mesh)
+    program = training_program(config, model, mesh)
+    _, after = TRAINING_TEXT
     state, frozen = program.state(), program.frozen()
 
     def trace(batch_size: int) -> Any:
@@ -178,6 +177,13 @@ def training_job(config: TrainConfig, topology: Topology) -> Job:
         },
         trace,
     )
+
+
+def training_program(config: TrainConfig, model: DeqaConfig, mesh: jax.sharding.Mesh) -> Program:
+    """A run's program with as much text as the published tokenizer makes. Raises `ConfigError` if they do not fit."""
+    before, _ = TRAINING_TEXT
+    # The number of steps is a constant in the schedule.
+    return Program(config, model, _preprocess(model), tuple(range(before)), _LEVEL_IDS, steps=1000, mesh=mesh)
 
 
 def scoring_job(
@@ -369,8 +375,8 @@ def _assumptions(topology: Topology) -> str:
         f"The rate is a bound, not a forecast: {chip.flops / 1e12:.0f} TFLOP/s of bfloat16, every argument, result and "
         f"temporary moved once each way at {chip.memory_bandwidth / 1e9:.0f} GB/s, collectives at\n"
         f"{chip.network_bandwidth / 1e9:.0f} GB/s into a chip (all of its links at once), the three overlapping whole; "
-        f"reading and decoding images is not in it. Half of it is a good program. Text: {_TRAINING_TEXT[0]} tokens\n"
-        f"before a training image and {_TRAINING_TEXT[1]} behind it; {_SCORING_TEXT[0]} and {_SCORING_TEXT[1]} for "
+        f"reading and decoding images is not in it. Half of it is a good program. Text: {TRAINING_TEXT[0]} tokens\n"
+        f"before a training image and {TRAINING_TEXT[1]} behind it; {_SCORING_TEXT[0]} and {_SCORING_TEXT[1]} for "
         "scoring."
     )
 

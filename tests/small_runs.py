@@ -11,7 +11,7 @@ from PIL import Image
 from recipe import recipe_tensors, to_ours
 
 from deqa_jax.checkpoint import InMemory, write_checkpoint
-from deqa_jax.config import PRESETS
+from deqa_jax.config import PRESETS, DeqaConfig
 from deqa_jax.files import new_folder
 from deqa_jax.prompt import LEVELS
 from deqa_jax.random_model import random_side_files
@@ -29,16 +29,16 @@ QUESTIONS = (
 )
 
 
-def write_tiny(out: Path, *, seed: int = 0, poison: bool = False) -> Path:
+def write_tiny(out: Path, *, seed: int = 0, poison: bool = False, config: DeqaConfig = TINY) -> Path:
     """A converted checkpoint of the golden recipe's weights, float32; poisoned, one of them is no number."""
-    leaves = to_ours(TINY, recipe_tensors(TINY, seed))
+    leaves = to_ours(config, recipe_tensors(config, seed))
     if poison:
         leaves["language", "final_norm", "scale"][3] = np.nan
-    side_files = random_side_files(TINY.vision.image_size)
+    side_files = random_side_files(config.vision.image_size)
     with new_folder(out) as temporary:
         write_checkpoint(
             temporary,
-            config=TINY,
+            config=config,
             leaves={path: InMemory(array) for path, array in leaves.items()},
             side_files=side_files,
             published_config=None,

@@ -63,7 +63,7 @@ def quick_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is run once need not be fast: programs compile in a fifth of the time."""
     options = {"xla_backend_optimization_level": 0, "xla_cpu_parallel_codegen_split_count": 1}
     # Later releases have no others.
-    if tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11):
+    if jax.__version_info__ < (0, 11):
         options["xla_cpu_use_fusion_emitters"] = False
     real = jax.jit
     monkeypatch.setattr(

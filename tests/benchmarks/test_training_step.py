@@ -11,6 +11,7 @@ from small_runs import TINY
 from test_sharding import quick_compilation  # noqa: F401  # a fixture of every test here too
 
 from deqa_jax.flops import flops
+from deqa_jax.launch.aot import TRAINING_TEXT
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "training_step.py"
@@ -53,8 +54,8 @@ def test_a_step_is_timed_and_its_operations_are_counted_once(script, tmp_path, m
     assert row["fraction_of_matmul_rate"] == pytest.approx(row["flop_per_second"] / 1e9)
     # Forward once; backward the language model alone, of which only adapters have gradients of their own. In training
     # there are logits of the whole vocabulary, for every token behind the image.
-    forward = flops(TINY, script._BEFORE, script._AFTER, cached=False)
-    head = 2 * script._AFTER * TINY.language.hidden_size * TINY.language.vocab_size
+    forward = flops(TINY, *TRAINING_TEXT, cached=False)
+    head = 2 * TRAINING_TEXT[1] * TINY.language.hidden_size * TINY.language.vocab_size
     expected = row["images"] * (sum(forward.values()) + forward["language"] + 2 * head)
     assert 0.9 * expected < row["flop"] < 1.1 * expected
 

@@ -11,14 +11,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from small_runs import TINY, write_tiny
 
-from deqa_jax.checkpoint import Checkpoint, InMemory, write_checkpoint
+from deqa_jax.checkpoint import Checkpoint, InMemory
 from deqa_jax.config import QuantizedError
 from deqa_jax.convert.average import averaged
 from deqa_jax.convert.tensors import ConversionError
 from deqa_jax.convert.to_jax import convert
 from deqa_jax.convert.to_published import export
 from deqa_jax.quantize import KERNEL_SCALE, quantize
-from deqa_jax.random_model import RandomCheckpoint
 
 PATH = ("language", "final_norm", "scale")
 
@@ -115,17 +114,7 @@ def refused(deqa, tmp_path, source, other, *words):
 
 def test_models_of_other_sizes_have_none(models, tmp_path, deqa):
     config = dataclasses.replace(TINY, language=dataclasses.replace(TINY.language, num_layers=1))
-    (tmp_path / "files").mkdir()
-    made = RandomCheckpoint.make(config, tmp_path / "files")
-    (tmp_path / "other").mkdir()
-    write_checkpoint(
-        tmp_path / "other",
-        config=config,
-        leaves={path: InMemory(array) for path, array in made.restore().items()},
-        side_files={path.name: path.read_bytes() for path in (tmp_path / "files").iterdir()},
-        published_config=None,
-        provenance={},
-    )
+    write_tiny(tmp_path / "other", config=config)
     refused(deqa, tmp_path, models[0], tmp_path / "other", f"{tmp_path / 'other'}: is not of the same sizes as")
 
 
