@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from PIL import Image
 from recipe import recipe_tensors, to_ours
@@ -23,6 +24,13 @@ TINY = dataclasses.replace(
     abstractor=dataclasses.replace(_TEST.abstractor, num_queries=4, num_layers=1),
     language=dataclasses.replace(_TEST.language, vocab_size=480, num_layers=2),
 )
+# What is run once need not be fast: programs compile in a third to a fifth of the time.
+QUICK_COMPILATION = {"xla_backend_optimization_level": 0, "xla_cpu_parallel_codegen_split_count": 1}
+# Later releases have no others.
+if jax.__version_info__ < (0, 11):
+    QUICK_COMPILATION["xla_cpu_use_fusion_emitters"] = False
+QUICK_FLAGS = " ".join(f"--{name}={int(value)}" for name, value in QUICK_COMPILATION.items())
+"""The same for commands, as their environment's `XLA_FLAGS`."""
 QUESTIONS = (
     "Rate the quality of this image.\n<|image|>",
     "What do you think about the quality of this picture?\n<|image|>",

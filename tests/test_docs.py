@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from conftest import WritePublished
-from small_runs import TINY
+from small_runs import QUICK_FLAGS, TINY
 from test_imports import RANK
 
 from deqa_jax.checkpoint import PREPROCESSOR_FILE
@@ -84,10 +84,10 @@ def _write_datasets(folder: Path) -> None:
 
 def run_command(command: str, folder: Path) -> None:
     # The command that belongs to the interpreter of this test run.
-    # Like a reader's machine, this one has its own number of devices; programs compile in half the time.
+    # Like a reader's machine, this one has its own number of devices.
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": QUICK_FLAGS,
     }
     done = subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{command}\n{done.stderr}"

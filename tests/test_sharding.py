@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from recipe import recipe_tensors, to_ours
+from small_runs import QUICK_COMPILATION
 from training import SMALL, SMALL_LEVELS, norm, preprocess, small_adapters, small_batch
 
 from deqa_jax import Scorer, lora
@@ -60,14 +61,9 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 @pytest.fixture(autouse=True)
 def quick_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is run once need not be fast: programs compile in a fifth of the time."""
-    options = {"xla_backend_optimization_level": 0, "xla_cpu_parallel_codegen_split_count": 1}
-    # Later releases have no others.
-    if jax.__version_info__ < (0, 11):
-        options["xla_cpu_use_fusion_emitters"] = False
     real = jax.jit
     monkeypatch.setattr(
-        jax, "jit", lambda function, **kwargs: real(function, **(kwargs | {"compiler_options": options}))
+        jax, "jit", lambda function, **kwargs: real(function, **(kwargs | {"compiler_options": QUICK_COMPILATION}))
     )
 
 

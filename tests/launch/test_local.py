@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import yaml
-from small_runs import rating, write_metas, write_tiny
+from small_runs import QUICK_FLAGS, rating, write_metas, write_tiny
 
 from deqa_jax import Scorer
 from deqa_jax.launch import local
@@ -48,8 +48,7 @@ main()
 
 def run(*command, processes=1, end="none,0,0", shell=None):
     """A command as some processes of two devices, or as one of four: its status and what it says."""
-    # Compiled in half the time; what is run once or twice need not be fast.
-    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0", "END": end}
+    environment = {**os.environ, "XLA_FLAGS": QUICK_FLAGS, "END": end}
     whole = [sys.executable, "-c", DEQA, *map(str, command)]
     if shell is not None:
         whole = ["sh", "-c", shell, "sh", *whole]

@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import yaml
-from small_runs import description, rating, write_metas, write_tiny
+from small_runs import QUICK_FLAGS, description, rating, write_metas, write_tiny
 
 from deqa_jax import metrics
 from deqa_jax.checkpoint import Checkpoint
@@ -73,13 +73,13 @@ def write_settings(path, tree):
 
 
 def start(*arguments, program="from deqa_jax.cli import main; main()", **environment):
-    """`deqa` in a process of its own, on one device; its programs compile in half the time."""
+    """`deqa` in a process of its own, on one device."""
     return subprocess.Popen(
         [sys.executable, "-c", program, *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0", **environment},
+        env={**os.environ, "XLA_FLAGS": QUICK_FLAGS, **environment},
     )
 
 
