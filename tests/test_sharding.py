@@ -564,7 +564,7 @@ def saved_on(
         state = jax.tree.map(lambda x: random.integers(-99, 99, x.shape).astype(x.dtype) / x.dtype.type(1), shapes)
         state = jax.tree.map(lambda x, shape: x.astype(shape.dtype), state, shapes)
         placed = jax.tree.map(lambda x, shape: jax.device_put(x, shape.sharding), state, shapes)
-        with Saver(folder, written_on(axes), LORA, keep=1, batch_size=8) as saver:
+        with Saver(folder, written_on(axes), LORA, keep=1, batch_size=8, data="d") as saver:
             saver.save(placed, Progress(4), {"next_index": 32})
         return folder, state
 
@@ -577,7 +577,7 @@ def test_a_run_of_one_mesh_goes_on_with_another(
 ) -> None:
     folder, state = saved_on(one)
     like = Run("wide", adapters=True).program(mesh_of(other)).state()
-    with Saver(folder, written_on(one), LORA, keep=1, batch_size=8) as saver:
+    with Saver(folder, written_on(one), LORA, keep=1, batch_size=8, data="d") as saver:
         restored = saver.restore(like)
     assert restored is not None
     found, progress, data = restored

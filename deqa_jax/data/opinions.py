@@ -3,6 +3,7 @@
 import collections
 import csv
 import dataclasses
+import logging
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,6 +19,8 @@ from deqa_jax.files import first_of, read_json
 COLUMNS = ("image", "mos", "std", "split", "reference")
 """What a CSV file can have; the first two are required."""
 SPLITS = ("train", "test")
+
+_logger = logging.getLogger(__name__)
 
 
 class OpinionError(ValueError):
@@ -61,6 +64,8 @@ def read_published(mos_file: Path, split_file: Path) -> Opinions:
         if not isinstance(split.get(name), list):
             raise OpinionError(f"{split_file}: has no list {name!r} of image names")
         members |= {str(image): name for image in split[name]}
+    if unrated := sorted(members.keys() - {PurePosixPath(image).name for image in scores}):
+        _logger.warning("%s names images that %s has no scores of: %s", split_file, mos_file, first_of(unrated))
 
     def rows() -> Iterator[tuple[str, Mapping[str, Any]]]:
         for image, entry in scores.items():

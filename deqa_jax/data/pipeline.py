@@ -1,6 +1,9 @@
 """The training stream: metas and images to batches of one static shape, by Grain (SPEC 4 and 5)."""
 
 import dataclasses
+import functools
+import hashlib
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -116,6 +119,12 @@ class TrainingData:
         self.length = max(len(text.after) for texts in self._texts for text in texts)
         self.epoch = sum(len(x.items) * weight for x, weight in zip(sets, self._weights, strict=True))
 
+    @functools.cached_property
+    def identity(self) -> str:
+        """A short name of what examples are made of, but for the pictures' bytes."""
+        sets = [[item.fields() for item in one.items] for one in self._sets]
+        return hashlib.sha256(json.dumps(sets, sort_keys=True).encode()).hexdigest()[:16]
+
     def batches(
         self, size: int, *, process: int = 0, processes: int = 1, threads: int | None = None
     ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
@@ -217,10 +226,13 @@ def _read_texts(
     for one in sets:
         found: list[Text] = []
         for item in one.items:
-            missing = [name for name in needed if getattr(item, name) is None] if is_score(item) else []
+            known = {name: getattr(item, name) for name in needed} if is_score(item) else {}
+            missing = [name for name, value in known.items() if value is None]
             text = encode(item)
             if missing:
                 problems.append(f"{one.name}: {item.id}: has no {', '.join(missing)}")
+            elif negative := [name for name in known if name != "gt_score" and np.min(known[name]) < 0]:
+                problems.append(f"{one.name}: {item.id}: {', '.join(negative)} below 0, as where nothing is known")
             elif isinstance(text, str):
                 problems.append(f"{one.name}: {item.id}: {text}")
             else:

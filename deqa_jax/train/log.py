@@ -60,15 +60,16 @@ class Log:
         """What a step came to."""
         self._write("train", {"step": step, **values}, values)
 
-    def evaluation(self, step: int, values: Mapping[str, float]) -> None:
-        """What held-out images came to after `step` steps."""
+    def evaluation(self, step: int, values: Mapping[str, float | None]) -> None:
+        """What held-out images came to after `step` steps; None for what does not exist."""
         self._write("evaluation", {"step": step, "evaluation": dict(values)}, values)
 
-    def _write(self, group: str, entry: Mapping[str, Any], values: Mapping[str, float]) -> None:
+    def _write(self, group: str, entry: Mapping[str, Any], values: Mapping[str, float | None]) -> None:
         if not self._writes:
             return
         self._file.write(json.dumps(entry) + "\n")
         self._file.flush()
         if self._board is not None:
             for name, value in values.items():
-                self._board.add_scalar(f"{group}/{name}", value, entry["step"])
+                if value is not None:
+                    self._board.add_scalar(f"{group}/{name}", value, entry["step"])

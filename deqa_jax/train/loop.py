@@ -61,7 +61,8 @@ def train(config: TrainConfig) -> Path:
       MetaError: training or held-out metas are missing or malformed.
       CheckpointError, ConversionError: the model cannot be opened.
       DistributedError: processes do not share the output's folder.
-      TrainingError: the loss is no number any more, or the run was asked to stop; what was reached is saved.
+      TrainingError: the loss is no number any more; or the run was asked to stop, and what was reached is saved; or it
+        is finished, and its best checkpoint is gone.
     """
     use_compilation_cache()
     folder = Path(config.output)
@@ -69,7 +70,14 @@ def train(config: TrainConfig) -> Path:
     check_shared(folder)
     with first_goes_first():
         _claim(folder, config)
-    saver = Saver(folder, run.checkpoint, config.lora, keep=config.checkpoint.keep, batch_size=run.program.batch_size)
+    saver = Saver(
+        folder,
+        run.checkpoint,
+        config.lora,
+        keep=config.checkpoint.keep,
+        batch_size=run.program.batch_size,
+        data=run.data.identity,
+    )
     with Log(folder, LOG_FILE, writes=is_first()) as log, saver:
         return run.train(log, saver)
 
@@ -126,7 +134,11 @@ class _Run:
         )
         held_out = open_held_out(config.evaluation.metas, config.data.root)
         batch_size = config.batch_size_per_device * mesh.size
-        self.steps = config.steps or math.ceil(config.epochs * self.data.epoch / batch_size)
+        updates = (config.steps or config.epochs * self.data.epoch / batch_size) / config.optimizer.accumulate
+        # The last group of batches is a whole one too: nothing would come of the gradients of a part of it.
+        self.steps = math.ceil(updates) * config.optimizer.accumulate
+        if updates <= 1 and config.optimizer.warmup_ratio:
+            _logger.warning("the one update of this run has a learning rate of 0: nothing is learnt in so few steps")
         self.program = Program(
             config, self.checkpoint.config, preprocess, self.data.before, level_ids, steps=self.steps, mesh=mesh
         )
@@ -187,36 +199,51 @@ class _Run:
         if progress.step < self.steps:
             with _until_told_to_stop() as told, self._bar(progress.step) as bar:
                 steps = self._steps(state, frozen, rows, progress.step)
-                for step, state, metrics, data_state in steps:
+                for step, state, metrics, data_state, failure in steps:
                     self._report(log, bar, step, metrics)
                     progress = progress._replace(step=step + 1)
                     if self._is_due(step, self.config.evaluation.every) and self.evaluates:
                         progress = self._evaluated(log, saver, state, frozen, progress)
-                    stop = told(step)
+                    stop = told(step) or failure is not None
                     if self._is_due(step, self.config.checkpoint.every) or stop:
                         saver.save(state, progress, data_state)
                     if stop and step + 1 < self.steps:
                         saver.wait()
+                        if failure is not None:
+                            _logger.info("saved after step %d of %d; the same command goes on", step + 1, self.steps)
+                            raise failure
                         raise TrainingError(
                             f"asked to stop after step {step + 1} of {self.steps}; saved. The same command goes on"
                         )
             saver.wait()
         if progress.best is None:
             saver.save_best(self._to_keep(state, frozen), {}, progress.step)
-        return saver.best_folder(progress)
+        best = saver.best_folder(progress)
+        if not best.is_dir():
+            raise TrainingError(f"{best}, the best checkpoint of this run, is gone; give another output to train again")
+        return best
 
     def _steps(
         self, state: TrainState, frozen: Leaves, rows: Any, start: int
-    ) -> Iterator[tuple[int, TrainState, dict[str, Any], Any]]:
-        """Steps with their state, metrics and what the data go on from; the next batch is read as a step runs."""
+    ) -> Iterator[tuple[int, TrainState, dict[str, Any], Any, Exception | None]]:
+        """Steps with their state, metrics, what the data go on from, and why there is no next one.
+
+        The next batch is read as a step runs. Where it cannot be, that step is done nevertheless, and is to be saved;
+        one of several processes cannot save alone.
+        """
         batch, data_state = self.batch(next(rows)), rows.get_state()
         run = self.program.compile(batch)
         for step in range(start, self.steps):
             state, metrics = run(state, frozen, batch)
-            resume_at = data_state
+            resume_at, failure = data_state, None
             if step + 1 < self.steps:
-                batch, data_state = self.batch(next(rows)), rows.get_state()
-            yield step, state, metrics, resume_at
+                try:
+                    batch, data_state = self.batch(next(rows)), rows.get_state()
+                except Exception as error:
+                    if jax.process_count() > 1:
+                        raise
+                    failure = error
+            yield step, state, metrics, resume_at, failure
 
     def _is_due(self, step: int, every: int) -> bool:
         return (step + 1) % every == 0 or step + 1 == self.steps
@@ -251,23 +278,25 @@ class _Run:
 
     def _evaluated(self, log: Log, saver: Saver, state: TrainState, frozen: Leaves, progress: Progress) -> Progress:
         found = self.evaluate({**frozen, **state.params})
-        log.evaluation(progress.step, found)
+        # JSON has no NaN.
+        said = {name: value if math.isfinite(value) else None for name, value in found.items()}
+        log.evaluation(progress.step, said)
         _logger.info(
             "step %d: held-out loss %.4f, SRCC %.4f, PLCC %.4f, JS %.4f",
             progress.step, found["loss"], found["srcc"], found["plcc"], found["js"],
         )  # fmt: skip
         best = progress.best
-        # A correlation that does not exist is worse than any.
+        # A correlation that does not exist is worse than any; while there is none, the last model is the best one.
         score = found["srcc"] if math.isfinite(found["srcc"]) else -math.inf
-        if best is not None and score <= best.srcc:
+        if best is not None and score <= best.srcc and best.srcc > -math.inf:
             return progress
-        saver.save_best(self._to_keep(state, frozen), found, progress.step)
+        saver.save_best(self._to_keep(state, frozen), said, progress.step)
         return progress._replace(best=Best(progress.step, score))
 
 
 @contextlib.contextmanager
 def _until_told_to_stop() -> Iterator[Callable[[int], bool]]:
-    """Says after each step whether SIGTERM has come, as it does before a machine is taken away."""
+    """Says after each step whether SIGTERM has come, as it does before a machine is taken away, or Ctrl-C."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
@@ -275,8 +304,15 @@ def _until_told_to_stop() -> Iterator[Callable[[int], bool]]:
         yield multihost_utils.reached_preemption_sync_point
         return
     told: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
+
+    def tell(number: int, frame: Any) -> None:
+        told.append(number)
+        _logger.info("stopping after this step; Ctrl-C once more stops at once, without saving it")
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, tell) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield lambda step: bool(told)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -41,7 +41,9 @@ class Progress(NamedTuple):
 class Saver:
     """Writes and reads a run's folder; checkpoints are written while training goes on."""
 
-    def __init__(self, folder: Path, base: Checkpoint, lora: LoraConfig | None, *, keep: int, batch_size: int):
+    def __init__(
+        self, folder: Path, base: Checkpoint, lora: LoraConfig | None, *, keep: int, batch_size: int, data: str
+    ):
         """Opens a folder.
 
         Args:
@@ -50,8 +52,10 @@ class Saver:
           lora: its adapters.
           keep: how many of the last checkpoints are kept.
           batch_size: examples in a batch, over all devices: the place in the data is counted in batches.
+          data: `TrainingData.identity` of what it is trained on.
         """
         self._folder, self._base, self._lora, self._batch_size = folder, base, lora, batch_size
+        self._origin = {"model": base.identity, "data": data}
         options = ocp.CheckpointManagerOptions(max_to_keep=keep)
         self._manager = ocp.CheckpointManager((folder / CHECKPOINTS).absolute(), options=options)
         # What a run was writing when it was killed.
@@ -80,6 +84,7 @@ class Saver:
             "best": progress.best and list(progress.best),
             "data": data_state,
             "batch_size": self._batch_size,
+            "origin": self._origin,
         }
         self._manager.save(
             progress.step,
@@ -88,7 +93,11 @@ class Saver:
         )
 
     def restore(self, like: TrainState) -> tuple[TrainState, Progress, Any] | None:
-        """The last complete checkpoint, placed as `like` (arrays, or their shapes) is; None if there is none."""
+        """The last complete checkpoint, placed as `like` (arrays, or their shapes) is; None if there is none.
+
+        Raises:
+          ConfigError: it is of other batches, of another model or of other data.
+        """
         step = self._manager.latest_step()
         if step is None:
             return None
@@ -98,6 +107,12 @@ class Saver:
                 f"{self._folder}: its batches have {run['batch_size']} examples, these devices make {self._batch_size} "
                 f"at once; change batch_size_per_device so that it is {run['batch_size']} again"
             )
+        began_with = run.get("origin", self._origin)
+        if changed := [name for name, identity in self._origin.items() if began_with[name] != identity]:
+            raise ConfigError(
+                f"{self._folder}: {' and '.join(changed)} changed since this run was interrupted; put back what it "
+                "began with to go on, or give another output"
+            )
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, _nested(like))
         saved = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))
         best = run["best"] and Best(*run["best"])
@@ -105,7 +120,7 @@ class Saver:
 
     # ---- the best model -----------------------------------------------------------------------------------
 
-    def save_best(self, params: Leaves, found: Mapping[str, float], step: int) -> None:
+    def save_best(self, params: Leaves, found: Mapping[str, float | None], step: int) -> None:
         """Writes a checkpoint that `deqa score` takes, in place of the one before.
 
         Args:

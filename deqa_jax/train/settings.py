@@ -46,7 +46,7 @@ class CheckpointConfig:
     """What a run can be resumed from.
 
     Attributes:
-      every: steps between them; there is one after the last step, and on SIGTERM, too.
+      every: steps between them; there is one after the last step, on SIGTERM and on Ctrl-C, too.
       keep: how many of the last ones are kept.
     """
 
@@ -70,7 +70,8 @@ class TrainConfig:
       checkpoint: what the run can be resumed from.
       mesh: how devices share the work; a run can go on with another mesh of as many devices.
       epochs: times that every image is seen.
-      steps: batches to train on, in place of `epochs`; 0 to go by these.
+      steps: batches to train on, in place of `epochs`; 0 to go by these. Either is rounded up to whole groups of
+        `optimizer.accumulate`.
       batch_size_per_device: pairs, or single images, on each device at once.
       dtype: of matrix products; parameters that are trained are float32.
       remat: what is computed again in the backward pass: none, full or dots (see `config.Execution`).

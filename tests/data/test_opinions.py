@@ -373,7 +373,7 @@ def test_published_deviations_may_be_missing(published):
     assert np.isnan(opinions.std).all()
 
 
-def test_split_names_have_no_folders_while_scored_names_may(published):
+def test_split_names_have_no_folders_while_scored_names_may(published, caplog):
     """A quirk of the published files."""
     entry = {"mos": 1, "std": 1}
     opinions = published(
@@ -382,6 +382,9 @@ def test_split_names_have_no_folders_while_scored_names_may(published):
     )
     assert opinions.names == ["Distortion_1/x.bmp", "Distortion_2/y.bmp", "z.bmp"]
     assert opinions.splits == ["test", "train", None]
+    (warning,) = caplog.messages
+    assert "split.json names images that " in warning
+    assert warning.endswith("mos.json has no scores of: absent.bmp")
 
 
 def test_an_image_in_both_splits_is_trained_on(published):

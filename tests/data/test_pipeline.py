@@ -385,6 +385,8 @@ def asked(entry, question):
 FAULTS = {
     "no level_probs": (without(rating(1), "level_probs"), "has no level_probs"),
     "no std": (without(rating(1), "std"), "has no std"),
+    "std of the unknown": (rating(1) | {"std": -10000}, "std below 0"),
+    "level_probs of the unknown": (rating(1) | {"level_probs": [-10000] * 5}, "level_probs below 0"),
     "nothing": (without(rating(1), *NEEDED), "has no level_probs, gt_score, std"),
     "no conversations": (without(rating(1), "conversations"), "has no conversations"),
     "no turns": ({**rating(1), "conversations": []}, "human, gpt"),
@@ -408,6 +410,13 @@ def test_an_item_that_cannot_be_trained_on_is_named_with_its_file(fault, make):
     (line,) = message.splitlines()
     assert "m0.json: 1->" in line
     assert complaint in line
+
+
+def test_identity_is_that_of_everything_that_is_said_of_the_images(make):
+    first = make([rating(0), rating(1)]).identity
+    assert make([rating(0), rating(1)]).identity == first
+    for other in ([rating(0), rating(2)], [rating(1), rating(0)], [rating(0), rating(1) | {"std": 0.25}]):
+        assert make(other).identity != first
 
 
 def test_all_faults_are_said_at_once_the_first_ten_in_full(make):

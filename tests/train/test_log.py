@@ -83,7 +83,7 @@ def test_a_new_run_has_nothing_to_cut(tmp_path):
 def test_a_number_that_is_none_is_still_a_line(tmp_path):
     """A correlation of constant scores."""
     with Log(tmp_path, "log.jsonl") as log:
-        log.evaluation(1, {"srcc": float("nan")})
+        log.evaluation(1, {"srcc": None})
         log.cut(1)
     assert len(entries(tmp_path / "log.jsonl")) == 1
 

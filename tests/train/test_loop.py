@@ -21,11 +21,13 @@ from small_runs import QUICK_FLAGS, description, rating, write_metas, write_tiny
 from deqa_jax import metrics
 from deqa_jax.checkpoint import Checkpoint
 from deqa_jax.config import ConfigError
+from deqa_jax.data.pipeline import TrainingData
+from deqa_jax.preprocess import ImageError
 from deqa_jax.scorer import Scorer
 from deqa_jax.sharding import make_mesh
 from deqa_jax.train import loop
 from deqa_jax.train.evaluation import Evaluator
-from deqa_jax.train.loop import needed_fields, train
+from deqa_jax.train.loop import TrainingError, needed_fields, train
 from deqa_jax.train.objective import Objective
 from deqa_jax.train.settings import read_config, write_config
 
@@ -257,6 +259,17 @@ def test_sigterm_saves_and_the_same_command_goes_on(unbroken_lora, place):
     assert_same_run(folder, whole)
 
 
+def test_ctrl_c_stops_after_a_step_and_the_second_one_at_once():
+    before = signal.getsignal(signal.SIGINT)
+    with loop._until_told_to_stop() as told:
+        assert not told(0)
+        signal.raise_signal(signal.SIGINT)
+        assert told(1)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) == before
+
+
 # ---- in this process, on eight devices --------------------------------------------------------------------
 
 
@@ -344,6 +357,34 @@ def test_a_torn_last_line_is_written_again(finished, tmp_path):
     assert_same_run(tmp_path / "torn", Path(config.output))
 
 
+def test_steps_before_a_batch_that_cannot_be_read_are_kept(finished, place, monkeypatch):
+    config, _ = finished
+    rare = dataclasses.replace(config.checkpoint, every=100)
+    config = dataclasses.replace(config, output=str(place / "unreadable"), checkpoint=rare)
+    batch, seen = loop._Run.batch, []
+
+    def fourth_fails(run, rows):
+        seen.append(rows)
+        if len(seen) == 4:
+            raise ImageError("a.png: truncated")
+        return batch(run, rows)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(loop._Run, "batch", fourth_fails)
+        with pytest.raises(ImageError, match="truncated"):
+            train(config)
+    assert last_checkpoint(place / "unreadable")[0] == 3
+    assert train(config) == place / "unreadable" / "best-6"
+    assert_same_run(place / "unreadable", place / "finished")
+
+
+@pytest.mark.parametrize(("name", "kind"), [("model", Checkpoint), ("data", TrainingData)])
+def test_a_run_does_not_go_on_with_another(name, kind, finished, monkeypatch):
+    monkeypatch.setattr(kind, "identity", "another")
+    with pytest.raises(ConfigError, match=f"finished: {name} changed .* another output"):
+        train(finished[0])
+
+
 def test_another_configuration_is_refused_and_leaves_the_run_alone(finished, place):
     config, _ = finished
     other = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, learning_rate=0.5))
@@ -358,9 +399,13 @@ def test_another_configuration_is_refused_and_leaves_the_run_alone(finished, pla
     assert (place / "finished" / "log.jsonl").read_bytes() == log
 
 
-def test_the_best_evaluation_is_kept_whatever_comes_after(place, monkeypatch):
-    """Also where a correlation does not exist, which is worse than any."""
-    found = iter([float("nan"), -0.5, 0.5, 0.25, float("nan"), 0.5])
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(("srccs", "step"), [([NAN, -0.5, 0.5, 0.25, NAN, 0.5], 3), ([NAN] * 6, 6)])
+def test_the_best_evaluation_is_kept_whatever_comes_after(srccs, step, place, monkeypatch):
+    """Also where a correlation does not exist, which is worse than any; where none does, it is the last."""
+    found, folder = iter(srccs), place / f"best-of-{step}"
     seen = []
 
     def evaluate(self, params):
@@ -368,16 +413,21 @@ def test_the_best_evaluation_is_kept_whatever_comes_after(place, monkeypatch):
         return {"loss": 1.0, "srcc": next(found), "plcc": 0.0, "js": 0.0}
 
     monkeypatch.setattr(Evaluator, "__call__", evaluate)
-    tree = settings(place, place / "best", **SHORT)
+    tree = settings(place, folder, **SHORT)
     tree["evaluation"] = {"metas": [str(place / "test.json")], "every": 1, "batch_size": 3}
-    best = train(read_config(write_settings(place / "b.yaml", tree)))
-    assert best == place / "best" / "best-3"
-    assert [path.name for path in (place / "best").glob("*best*")] == ["best-3"]
-    assert [entry["step"] for entry in log_of(place / "best") if "evaluation" in entry] == [1, 2, 3, 4, 5, 6]
+    config = read_config(write_settings(place / "b.yaml", tree))
+    best = train(config)
+    assert best == folder / f"best-{step}"
+    assert [path.name for path in folder.glob("*best*")] == [best.name]
+    said = {entry["step"]: entry["evaluation"]["srcc"] for entry in log_of(folder) if "evaluation" in entry}
+    assert said == {number: None if np.isnan(srcc) else srcc for number, srcc in enumerate(srccs, 1)}
     kept = best_parameters(best)
-    assert_same_bits([kept[path] for path in sorted(kept)], [seen[2][path] for path in sorted(kept)])
-    assert kept[PATH].tobytes() != seen[5][PATH].tobytes()
-    assert Checkpoint.open(best).provenance["evaluation"]["srcc"] == 0.5
+    assert_same_bits([kept[path] for path in sorted(kept)], [seen[step - 1][path] for path in sorted(kept)])
+    assert kept[PATH].tobytes() != seen[0][PATH].tobytes()
+    assert Checkpoint.open(best).provenance["evaluation"]["srcc"] == said[step]
+    shutil.rmtree(best)
+    with pytest.raises(TrainingError, match=f"best-{step}.* is gone"):
+        train(config)
 
 
 def test_the_best_checkpoint_scores_as_it_was_evaluated(unbroken_lora, place):
@@ -411,6 +461,16 @@ def test_epochs_are_steps_over_all_sets_and_devices(place):
     # 13 images in an epoch: one and a half are 19.5, three batches of eight.
     assert (run.data.epoch, run.program.batch_size, run.steps) == (13, 8, 3)
     assert loop._Run(dataclasses.replace(run.config, steps=5)).steps == 5
+
+
+@pytest.mark.parametrize(
+    ("steps", "accumulate", "expected", "warns"), [(5, 4, 8, False), (3, 4, 4, True), (2, 1, 2, False)]
+)
+def test_the_last_group_of_accumulated_batches_is_whole(steps, accumulate, expected, warns, place, caplog):
+    changes = {"steps": steps, "optimizer": {"accumulate": accumulate}}
+    tree = settings(place, place / "groups", **changes)
+    assert loop._Run(read_config(write_settings(place / "g.yaml", tree))).steps == expected
+    assert ("nothing is learnt" in caplog.text) == warns
 
 
 # ---- the command line -------------------------------------------------------------------------------------

@@ -57,9 +57,9 @@ def steps(folder):
 @pytest.mark.parametrize("best", [None, Best(3, -0.125), Best(5, -np.inf)])
 def test_what_is_saved_is_restored(best, accumulate, base, tmp_path):
     state = make_state(6, accumulate=accumulate)
-    with Saver(tmp_path, base, None, keep=2, batch_size=8) as saver:
+    with Saver(tmp_path, base, None, keep=2, batch_size=8, data="d") as saver:
         saver.save(state, Progress(6, best), DATA)
-    with Saver(tmp_path, base, None, keep=2, batch_size=8) as saver:
+    with Saver(tmp_path, base, None, keep=2, batch_size=8, data="d") as saver:
         found, progress, data = saver.restore(make_state(0, accumulate=accumulate))
     assert_same(found, state)
     assert isinstance(found, TrainState)
@@ -69,12 +69,12 @@ def test_what_is_saved_is_restored(best, accumulate, base, tmp_path):
 
 
 def test_a_new_run_has_nothing_to_restore(base, tmp_path):
-    with Saver(tmp_path / "run", base, None, keep=1, batch_size=8) as saver:
+    with Saver(tmp_path / "run", base, None, keep=1, batch_size=8, data="d") as saver:
         assert saver.restore(make_state(0)) is None
 
 
 def test_only_the_last_ones_are_kept(base, tmp_path):
-    with Saver(tmp_path, base, None, keep=2, batch_size=8) as saver:
+    with Saver(tmp_path, base, None, keep=2, batch_size=8, data="d") as saver:
         for step in (2, 4, 6, 8):
             saver.save(make_state(step), Progress(step), DATA)
         saver.wait()
@@ -83,7 +83,7 @@ def test_only_the_last_ones_are_kept(base, tmp_path):
 
 
 def test_saving_a_step_again_changes_nothing(base, tmp_path):
-    with Saver(tmp_path, base, None, keep=2, batch_size=8) as saver:
+    with Saver(tmp_path, base, None, keep=2, batch_size=8, data="d") as saver:
         saver.save(make_state(2), Progress(2), DATA)
         saver.wait()
         saver.save(make_state(3), Progress(2), {})
@@ -97,7 +97,7 @@ def test_it_is_saved_before_training_changes_it(base, tmp_path):
     """Writing goes on while the next step takes the state's memory for its own result."""
     state = make_state(2)
     expected = jax.tree.map(np.asarray, state)
-    with Saver(tmp_path, base, None, keep=2, batch_size=8) as saver:
+    with Saver(tmp_path, base, None, keep=2, batch_size=8, data="d") as saver:
         saver.save(state, Progress(2), DATA)
         step = jax.jit(lambda state: jax.tree.map(lambda x: x * jnp.asarray(0, x.dtype), state), donate_argnums=0)
         jax.block_until_ready(step(state))
@@ -107,7 +107,7 @@ def test_it_is_saved_before_training_changes_it(base, tmp_path):
 
 
 def test_leftovers_of_a_killed_run_are_no_checkpoints(base, tmp_path):
-    with Saver(tmp_path, base, None, keep=2, batch_size=8) as saver:
+    with Saver(tmp_path, base, None, keep=2, batch_size=8, data="d") as saver:
         saver.save(make_state(2), Progress(2), DATA)
         saver.wait()
     checkpoints = tmp_path / "checkpoints"
@@ -115,11 +115,11 @@ def test_leftovers_of_a_killed_run_are_no_checkpoints(base, tmp_path):
     torn = checkpoints / "4.orbax-checkpoint-tmp"
     shutil.copytree(checkpoints / "2", torn)
     shutil.rmtree(torn / "state")
-    with Saver(tmp_path, base, None, keep=2, batch_size=8) as saver:
+    with Saver(tmp_path, base, None, keep=2, batch_size=8, data="d") as saver:
         assert saver.restore(make_state(0))[1].step == 2
         saver.save(make_state(4), Progress(4), DATA)
         saver.wait()
-    with Saver(tmp_path, base, None, keep=2, batch_size=8) as saver:
+    with Saver(tmp_path, base, None, keep=2, batch_size=8, data="d") as saver:
         found, *_ = saver.restore(make_state(0))
     assert_same(found, make_state(4))
 
@@ -127,7 +127,7 @@ def test_leftovers_of_a_killed_run_are_no_checkpoints(base, tmp_path):
 def test_it_is_restored_to_where_the_run_has_it(base, tmp_path):
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
     everywhere = NamedSharding(mesh, PartitionSpec())
-    with Saver(tmp_path, base, None, keep=2, batch_size=8) as saver:
+    with Saver(tmp_path, base, None, keep=2, batch_size=8, data="d") as saver:
         saver.save(make_state(2), Progress(2), DATA)
         saver.wait()
         found, *_ = saver.restore(jax.device_put(make_state(0), everywhere))
@@ -137,7 +137,7 @@ def test_it_is_restored_to_where_the_run_has_it(base, tmp_path):
 
 
 def test_the_counts_of_the_optimizer_come_back_as_they_are(base, tmp_path):
-    with Saver(tmp_path, base, None, keep=2, batch_size=8) as saver:
+    with Saver(tmp_path, base, None, keep=2, batch_size=8, data="d") as saver:
         saver.save(make_state(6), Progress(6), DATA)
         saver.wait()
         found, *_ = saver.restore(make_state(0))
@@ -158,7 +158,7 @@ def whole_model(seed):
 
 def test_the_best_model_is_a_checkpoint(base, tmp_path):
     params = whole_model(0)
-    with Saver(tmp_path / "run", base, None, keep=1, batch_size=8) as saver:
+    with Saver(tmp_path / "run", base, None, keep=1, batch_size=8, data="d") as saver:
         saver.save_best(params, {"srcc": 0.5, "loss": 1.25}, 7)
         assert saver.best_folder(Progress(9, Best(7, 0.5))) == tmp_path / "run" / "best-7"
     found = Checkpoint.open(tmp_path / "run" / "best-7")
@@ -176,7 +176,7 @@ def test_the_best_model_is_a_checkpoint(base, tmp_path):
 
 
 def test_the_best_model_so_far_takes_the_place_of_the_one_before(base, tmp_path):
-    with Saver(tmp_path, base, None, keep=1, batch_size=8) as saver:
+    with Saver(tmp_path, base, None, keep=1, batch_size=8, data="d") as saver:
         saver.save_best(whole_model(0), {"srcc": 0.1}, 2)
         saver.save_best(whole_model(1), {"srcc": 0.2}, 14)
     assert [path.name for path in tmp_path.glob("*best*")] == ["best-14"]
@@ -185,7 +185,7 @@ def test_the_best_model_so_far_takes_the_place_of_the_one_before(base, tmp_path)
 
 def test_one_that_is_there_already_is_kept_and_others_go(base, tmp_path):
     """As when a run was killed between writing the new one and removing the old one."""
-    with Saver(tmp_path, base, None, keep=1, batch_size=8) as saver:
+    with Saver(tmp_path, base, None, keep=1, batch_size=8, data="d") as saver:
         saver.save_best(whole_model(0), {}, 2)
         shutil.copytree(tmp_path / "best-2", tmp_path / "best-1")
         written = (tmp_path / "best-2" / "config.json").stat().st_mtime_ns
@@ -199,14 +199,14 @@ def test_half_of_one_is_removed_by_the_next_run(base, tmp_path):
     torn = tmp_path / ".best-5.4711.tmp"
     (torn / "params").mkdir(parents=True)
     (tmp_path / "config.yaml").write_text("mine")
-    with Saver(tmp_path, base, None, keep=1, batch_size=8):
+    with Saver(tmp_path, base, None, keep=1, batch_size=8, data="d"):
         pass
     assert not torn.exists()
     assert (tmp_path / "config.yaml").read_text() == "mine"
 
 
 def test_the_last_one_is_the_best_where_nothing_is_evaluated(base, tmp_path):
-    with Saver(tmp_path, base, None, keep=1, batch_size=8) as saver:
+    with Saver(tmp_path, base, None, keep=1, batch_size=8, data="d") as saver:
         assert saver.best_folder(Progress(12)) == tmp_path / "best-12"
 
 
@@ -215,7 +215,7 @@ def test_with_adapters_only_what_was_trained_is_kept(base, tmp_path):
     random = np.random.default_rng(0)
     params = {path: jnp.asarray(random.standard_normal(shape), jnp.float32) for path, shape in shapes.items()}
     params[SOME[0]] = jnp.ones(parameter_shapes(TINY)[SOME[0]], jnp.float32)
-    with Saver(tmp_path, base, ADAPTERS, keep=1, batch_size=8) as saver:
+    with Saver(tmp_path, base, ADAPTERS, keep=1, batch_size=8, data="d") as saver:
         saver.save_best(params, {}, 3)
     found = Checkpoint.open(tmp_path / "best-3")
     assert found.own.keys() == params.keys()
