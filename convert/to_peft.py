@@ -18,7 +18,7 @@ from deqa_jax.parameters import ParamPath, parameter_shapes
 from .hf import side_files
 from .names import Rule, rules_for
 from .peft import ADAPTER_CONFIG, PREFIX
-from .tensors import FLOAT_DTYPES, Tensor
+from .tensors import FLOAT_DTYPES, Tensor, cast
 from .torch_save import save_tensors
 
 ADAPTER_FILE, TRAINED_FILE = "adapter_model.bin", "non_lora_trainables.bin"
@@ -35,6 +35,7 @@ def export_adapter(model: Path, out: Path, *, dtype: str | None = None) -> None:
     Raises:
       CheckpointError: `model` has no adapters.
       ConfigError: the model has what the published format cannot say.
+      ConversionError: a tensor has values that `dtype` cannot hold.
       FileExistsError: `out` is there already.
       QuantizedError: its weights are quantised.
     """
@@ -80,7 +81,7 @@ def _adapter(
     side = "A" if path[-1] == lora.A else "B"
     names = [f"{PREFIX}{key.removesuffix('.weight')}.lora_{side}.weight" for key in rule.keys(shape)]
     return {
-        name: Tensor(shape[-1:-3:-1], dtype, functools.partial(_read, read_own, path, layer, rule, dtype))
+        name: Tensor(shape[-1:-3:-1], dtype, functools.partial(_read, read_own, path, layer, rule, name, dtype))
         for layer, name in enumerate(names)
     }
 
@@ -89,16 +90,17 @@ def _trained(
     read_own: _Read, path: ParamPath, shape: tuple[int, ...], rule: Rule, dtype: np.dtype
 ) -> dict[str, Tensor]:
     published = rule.published_shape(shape)
+    names = [f"{PREFIX}{key}" for key in rule.keys(shape)]
     return {
-        f"{PREFIX}{key}": Tensor(published, dtype, functools.partial(_read, read_own, path, layer, rule, dtype))
-        for layer, key in enumerate(rule.keys(shape))
+        name: Tensor(published, dtype, functools.partial(_read, read_own, path, layer, rule, name, dtype))
+        for layer, name in enumerate(names)
     }
 
 
-def _read(read_own: _Read, path: ParamPath, layer: int, rule: Rule, dtype: np.dtype) -> np.ndarray:
+def _read(read_own: _Read, path: ParamPath, layer: int, rule: Rule, name: str, dtype: np.dtype) -> np.ndarray:
     leaf = read_own(path)
     leaf = leaf[layer] if rule.stacked else leaf
-    return rule.form.to_published(leaf).astype(dtype)
+    return cast(name, rule.form.to_published(leaf), dtype)
 
 
 def _settings(config: LoraConfig, adapters: dict[str, Tensor], base: Checkpoint) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from .hf import side_files, write_published
 from .names import ROTARY_FREQUENCIES, Rule, rules_for
 from .names import positions as computed_positions
 from .progress import progress_bar
-from .tensors import FLOAT_DTYPES, Tensor, common_dtype, dtype_name
+from .tensors import FLOAT_DTYPES, Tensor, cast, common_dtype, dtype_name
 
 _SHARD_BYTES = 5 << 30
 
@@ -33,6 +33,7 @@ def export(model: Path, out: Path, *, dtype: str | None = None) -> None:
     Raises:
       CheckpointError: `model` is no converted checkpoint.
       ConfigError: the model has what the published format cannot say.
+      ConversionError: a tensor has values that its dtype cannot hold.
       FileExistsError: `out` is there already.
       QuantizedError: its weights are quantised.
     """
@@ -62,7 +63,7 @@ def _tensors(checkpoint: Checkpoint, dtype: np.dtype | None) -> Iterator[tuple[s
     for path, rule in rules_for(shapes).items():
         for i, key in enumerate(rule.keys(shapes[path])):
             target = choose(key, np.dtype(checkpoint.stored[path].dtype))
-            read = functools.partial(_read, read_leaf, rule, i, target)
+            read = functools.partial(_read, read_leaf, rule, i, key, target)
             yield key, Tensor(rule.published_shape(shapes[path]), target, read)
     for key, values in _buffers(checkpoint):
         if not came_with or key in came_with:
@@ -70,9 +71,11 @@ def _tensors(checkpoint: Checkpoint, dtype: np.dtype | None) -> Iterator[tuple[s
             yield key, Tensor(values.shape, values.dtype, functools.partial(np.asarray, values))
 
 
-def _read(read_leaf: Callable[[ParamPath], np.ndarray], rule: Rule, layer: int, dtype: np.dtype) -> np.ndarray:
+def _read(
+    read_leaf: Callable[[ParamPath], np.ndarray], rule: Rule, layer: int, key: str, dtype: np.dtype
+) -> np.ndarray:
     leaf = read_leaf(rule.path)
-    return rule.form.to_published(leaf[layer] if rule.stacked else leaf).astype(dtype)
+    return cast(key, rule.form.to_published(leaf[layer] if rule.stacked else leaf), dtype)
 
 
 def _buffers(checkpoint: Checkpoint) -> Iterator[tuple[str, np.ndarray]]:

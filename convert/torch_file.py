@@ -34,7 +34,8 @@ _STORAGE_DTYPES = {
 }
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _MAX_AXES = 32
-_MAX_PICKLE_BYTES = 64 << 20
+# Of what describes tensors; the storages are not read but mapped.
+_MAX_ENTRY_BYTES = 64 << 20
 _MAX_NUMBER = 1 << 40
 
 
@@ -126,11 +127,9 @@ def open_torch_file(path: Path) -> dict[str, Tensor]:
         entries = {info.filename.split("/", 1)[-1]: info for info in archive.infolist()}
         if "data.pkl" not in entries:
             raise ConversionError([f"{path.name}: a zip, but not of tensors (no data.pkl)"])
-        if entries["data.pkl"].file_size > _MAX_PICKLE_BYTES:
-            raise ConversionError([f"{path.name}: its data.pkl is larger than any description of tensors"])
         try:
-            byteorder = archive.read(entries["byteorder"]) if "byteorder" in entries else b"little"
-            pickled = archive.read(entries["data.pkl"])
+            byteorder = _content(archive, entries["byteorder"]) if "byteorder" in entries else b"little"
+            pickled = _content(archive, entries["data.pkl"])
         except Exception as error:
             raise ConversionError([f"{path.name}: damaged zip entry ({error})"]) from error
     if byteorder != b"little":
@@ -147,6 +146,15 @@ def open_torch_file(path: Path) -> dict[str, Tensor]:
     if problems:
         raise ConversionError(problems)
     return tensors
+
+
+def _content(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
+    # PyTorch compresses nothing; a few compressed bytes could stand for more than the memory holds.
+    if entry.compress_type != zipfile.ZIP_STORED:
+        raise zipfile.BadZipFile(f"{entry.filename} is compressed")
+    if entry.file_size > _MAX_ENTRY_BYTES:
+        raise zipfile.BadZipFile(f"{entry.filename} is larger than any description of tensors")
+    return archive.read(entry)
 
 
 def _why_not_a_zip(path: Path) -> str:

@@ -310,6 +310,7 @@ def _convert(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     from deqa_jax.checkpoint import CheckpointError
     from deqa_jax.config import ConfigError
+    from deqa_jax.convert.tensors import ConversionError
     from deqa_jax.convert.to_peft import export_adapter
     from deqa_jax.convert.to_published import export
 
@@ -317,6 +318,8 @@ def _export(options: argparse.Namespace) -> int:
         (export_adapter if options.adapter else export)(options.model, options.out, dtype=options.dtype)
     except (CheckpointError, ConfigError) as error:
         return _fail(str(error), _FAILED)
+    except ConversionError as error:
+        return _fail(f"{options.model} cannot be exported:\n" + "\n".join(f"  {x}" for x in error.problems), _FAILED)
     return 0
 
 

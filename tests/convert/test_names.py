@@ -243,3 +243,16 @@ def test_positions_of_another_shape_are_refused(key: str) -> None:
     assert problem.startswith(f"{key}: shape ")
     (problem,) = _account({**TENSORS, key: TENSORS[key].astype(np.int64)})
     assert problem.startswith(f"{key}: stored as int64")
+
+
+@pytest.mark.parametrize("key", [BUFFERS[0], "model.norm.weight", ROTARY_FREQUENCIES.format(0)])
+def test_what_is_of_another_shape_is_not_read(key: str) -> None:
+    """One stored number can be repeated to more than any memory holds."""
+
+    def read() -> np.ndarray:
+        raise AssertionError("read")
+
+    tensors = {name: _held(array) for name, array in TENSORS.items()}
+    problems = account(SMALL, SMALL_SHAPES, {**tensors, key: Tensor((1 << 39,), np.dtype(np.float32), read)})
+    expected = [] if key == ROTARY_FREQUENCIES.format(0) else [f"{key}: shape [{1 << 39}], but"]
+    assert [problem[: len(words)] for problem, words in zip(problems, expected, strict=True)] == expected

@@ -27,6 +27,7 @@ from deqa_jax import cli, lora, losses
 from deqa_jax.checkpoint import Checkpoint, CheckpointError
 from deqa_jax.config import PRESETS
 from deqa_jax.convert.hf import open_file
+from deqa_jax.convert.tensors import ConversionError
 from deqa_jax.convert.to_jax import convert
 from deqa_jax.convert.to_peft import export_adapter
 from deqa_jax.convert.to_published import export
@@ -152,6 +153,25 @@ def test_another_dtype_is_stored_if_asked_for(run_checkpoint: Path, tmp_path: Pa
         assert {tensor.dtype for tensor in tensors.values()} == {jnp.dtype(dtype)}
     found = open_file(tmp_path / "E" / "adapter_model.bin")[f"{PREFIX}model.layers.1.self_attn.q_proj.lora_A.weight"]
     np.testing.assert_array_equal(found.read(), trained_leaves()[*QUERY, lora.A][1].T.astype(jnp.dtype(dtype)))
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ((*QUERY, lora.B), r"model\.layers\.0\.self_attn\.q_proj\.lora_B\.weight"),
+        (("language", "final_norm", "scale"), r"model\.norm\.weight"),
+    ],
+    ids=["adapter", "trained whole"],
+)
+def test_values_that_a_dtype_cannot_hold_are_named(
+    converted: Path, tmp_path: Path, path: tuple[str, ...], name: str
+) -> None:
+    trained = trained_leaves()
+    trained[path] = np.full_like(trained.get(path, golden_leaves().get(path)), 1e5)
+    run = write_adapter(tmp_path / "A", trained, Checkpoint.open(converted), SMALL_LORA)
+    with pytest.raises(ConversionError, match=rf"^base_model\.model\.{name}: has values that float16 cannot hold$"):
+        export_adapter(run, tmp_path / "out" / "E", dtype="float16")
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 @pytest.mark.parametrize("targets", [("abstractor/layers/gate", "abstractor/projection"), ("vision/layers/.*",)])

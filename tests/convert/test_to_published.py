@@ -18,6 +18,7 @@ from deqa_jax.config import PRESETS, from_published
 from deqa_jax.convert import to_published
 from deqa_jax.convert.hf import open_weights
 from deqa_jax.convert.names import ROTARY_FREQUENCIES, positions
+from deqa_jax.convert.tensors import ConversionError
 from deqa_jax.convert.to_jax import convert
 from deqa_jax.convert.to_published import export
 
@@ -229,6 +230,20 @@ def test_parameters_that_do_not_fit_are_named(
     assert "language/embedding" in message
     assert "language/head/kernel" in message
     assert list(tmp_path.iterdir()) == [changeable]
+
+
+def test_values_that_a_dtype_cannot_hold_are_named(
+    tmp_path: Path, write_published: WritePublished, capsys: pytest.CaptureFixture[str]
+) -> None:
+    norm = TENSORS["model.norm.weight"].astype(np.float32)
+    norm[3] = 1e5
+    convert(str(write_published(tmp_path / "P", CONFIG, tensors=TENSORS | {"model.norm.weight": norm})), tmp_path / "M")
+    with pytest.raises(ConversionError, match=r"^model\.norm\.weight: has values that float16 cannot hold$"):
+        export(tmp_path / "M", tmp_path / "out" / "H", dtype="float16")
+    assert _deqa("export", tmp_path / "M", tmp_path / "out" / "H", "--dtype", "float16") == 1
+    message = capsys.readouterr().err
+    assert f"{tmp_path / 'M'} cannot be exported:\n  model.norm.weight: has values that float16 cannot" in message
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_damaged_parameters_leave_nothing(tmp_path: Path, changeable: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,6 +23,7 @@ from recipe import assert_same_as_golden, recipe_tensors
 from torch_writer import FakeTensor, save, save_tensors
 
 from deqa_jax.config import PRESETS
+from deqa_jax.convert import torch_file
 from deqa_jax.convert.tensors import ConversionError
 from deqa_jax.convert.torch_file import open_torch_file
 
@@ -295,6 +296,31 @@ def test_small_pickle_cannot_ask_for_much_memory(tmp_path: Path) -> None:
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", ["byteorder", "data.pkl"])
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2])
+def test_small_entry_cannot_ask_for_much_memory(tmp_path: Path, name: str, method: int) -> None:
+    path = tmp_path / "a.bin"
+    with zipfile.ZipFile(path, "w") as archive:
+        for entry, content in (("data.pkl", _pickle(_dict())), ("byteorder", b"little")):
+            if entry == name:
+                archive.writestr(f"archive/{entry}", bytes(16 << 20), method)
+            else:
+                archive.writestr(f"archive/{entry}", content)
+    tracemalloc.start()
+    try:
+        assert _problems(path) == (f"a.bin: damaged zip entry (archive/{name} is compressed)",)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", ["byteorder", "data.pkl"])
+def test_large_entry_is_not_read(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_file, "_MAX_ENTRY_BYTES", 99)
+    path = _write(tmp_path / "a.bin", bytes(100) if name == "data.pkl" else _pickle(_dict()), byteorder=bytes(100))
+    assert _problems(path)[0].endswith("is larger than any description of tensors)")
 
 
 def test_empty_file_is_called_empty(tmp_path: Path) -> None:
