@@ -76,7 +76,7 @@ def convert(
     """Converts a published checkpoint, full or LoRA, into a folder that `Checkpoint.open` reads.
 
     Streamed: memory grows with the largest stacked parameter, not with the checkpoint. Atomic: `out` appears
-    when it is complete.
+    when it is complete. Of several processes each converts for itself.
 
     Args:
       source: a folder or a hub id; a converted folder too, to store it otherwise.
@@ -111,6 +111,7 @@ def convert(
             provenance=whole.provenance,
             quantization=quantization,
             progress=progress,
+            alone=True,
         )
 
 
@@ -151,11 +152,13 @@ def _averaged(source: str, base: str | None, others: Sequence[str], stored: _Sto
         if tokenizer(other) != tokenizer(whole):
             raise ConversionError([f"{name}: has another vocabulary than {source}, so there is no mean of them"])
         models.append(other)
+    # A mean has more digits than the tensors that the source came with, whose dtypes an export would go back to.
+    provenance = {key: value for key, value in whole.provenance.items() if key != "tensors"}
     with_these = [{"model": name, **other.provenance} for name, other in zip(others, models[1:], strict=True)]
     return dataclasses.replace(
         whole,
         leaves=averaged([model.leaves for model in models], stored),
-        provenance={**whole.provenance, "averaged_with": with_these},
+        provenance={**provenance, "averaged_with": with_these},
     )
 
 
@@ -251,6 +254,8 @@ def _versions() -> dict[str, str]:
 
 def resolve(model: str) -> Path:
     """The converted folder behind what `--model` names, converted once into a cache if it is not converted yet.
+
+    Of several processes, which may share a cache or not, each converts for itself: see `first_goes_first`.
 
     Args:
       model: a converted folder, a published one, a hub id, or `deqa-tiny`, which comes with the package.

@@ -99,10 +99,11 @@ def write_checkpoint(
     adapter: "Adapter | None" = None,
     quantization: str | None = None,
     progress: Callable[[int], object] = lambda done: None,
+    alone: bool = False,
 ) -> None:
     """Fills an empty folder (see `new_folder`) with a checkpoint, one parameter in memory at a time.
 
-    Of several processes all call it, and the first one writes.
+    Of several processes all call it, and the first one writes; or any one does for itself, `alone`.
 
     Args:
       folder: where to write.
@@ -114,9 +115,10 @@ def write_checkpoint(
       adapter: what the parameters belong on, if they are not all of the model's.
       quantization: the scheme of `quantize.SCHEMES` that they are in, if they are.
       progress: called with the bytes of each parameter written.
+      alone: whether this process writes, and waits for no other.
     """
-    _save_params(folder / PARAMS_FOLDER, leaves, progress)
-    if not is_first():
+    _save_params(folder / PARAMS_FOLDER, leaves, progress, alone=alone)
+    if not (alone or is_first()):
         return
     for name, content in side_files.items():
         (folder / name).write_bytes(content)
@@ -135,8 +137,14 @@ def write_checkpoint(
     (folder / PROVENANCE_FILE).write_text(json.dumps(provenance, indent=2) + "\n")
 
 
-def _save_params(path: Path, leaves: Mapping[ParamPath, Leaf], progress: Callable[[int], object]) -> None:
+def _save_params(
+    path: Path, leaves: Mapping[ParamPath, Leaf], progress: Callable[[int], object], *, alone: bool
+) -> None:
     import orbax.checkpoint as ocp
+    import tensorstore
+
+    writer = jax.process_index() if alone else 0
+    processes = ocp.options.MultiprocessingOptions(primary_host=writer, active_processes={writer} if alone else None)
 
     class Streamed:
         """Wraps a leaf in a type of its own, which Orbax hands to the handler below."""
@@ -147,24 +155,36 @@ def _save_params(path: Path, leaves: Mapping[ParamPath, Leaf], progress: Callabl
             self.dtype = leaf.dtype
 
     class StreamedHandler(ocp.type_handlers.NumpyHandler):
-        """Writes one leaf after the other, so that only one is in memory, in the form of a NumPy array."""
+        """Writes one leaf after the other, so that only one is in memory; Orbax's own writes in process 0 only."""
 
         async def serialize(self, values: Any, infos: Any, args: Any = None) -> list[Any]:
             for value, info, arg in zip(values, infos, args, strict=True):
                 array = value.leaf.read()
-                for future in await super().serialize([array], [info], [arg]):
-                    future.result()
+                if jax.process_index() == writer:
+                    shape, ocdbt = array.shape, info.is_ocdbt_checkpoint
+                    spec = ocp.type_handlers.get_json_tspec_write(
+                        info, ocdbt, shape, shape, array.dtype, process_index=writer, arg=arg
+                    )
+                    store = await tensorstore.open(tensorstore.Spec(spec), create=True, context=info.ts_context)
+                    await store.write(array, can_reference_source_data_indefinitely=True)
                 progress(array.nbytes)
                 # Before the next one is made: the name alone would keep it.
                 del array
             return []
 
+    class Checkpointer(ocp.Checkpointer):
+        def synchronize_next_awaitable_signal_operation_id(self) -> None:
+            # All processes count what they save together; what one saves alone is not counted, or they would differ.
+            if not alone:
+                super().synchronize_next_awaitable_signal_operation_id()
+
     registry = ocp.type_handlers.create_type_handler_registry(
-        (jax.Array, ocp.type_handlers.ArrayHandler()), (Streamed, StreamedHandler(deepcopy_host_arrays=False))
+        (jax.Array, ocp.type_handlers.ArrayHandler()), (Streamed, StreamedHandler())
     )
     tree = unflatten({path: Streamed(leaf) for path, leaf in leaves.items()})
     save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry)) as checkpointer:
+    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, multiprocessing_options=processes)
+    with Checkpointer(handler, multiprocessing_options=processes) as checkpointer:
         checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(tree, save_args=save_args))
 
 
@@ -264,14 +284,10 @@ class Checkpoint:
 
         It does not depend on where they lie, on what their source was called or on which versions made them.
         """
-        made_of = {key: value for key, value in self.provenance.items() if key != "versions"}
-        if made_of.get("files"):
-            made_of.pop("source", None)
-            made_of.pop("base", None)
         dtypes = {"/".join(path): str(leaf.dtype) for path, leaf in self.stored.items()}
         files = [(self.folder / name).read_bytes() for name in (TOKENIZER_FILE, PREPROCESSOR_FILE)]
         digests = [hashlib.sha256(content).hexdigest() for content in files]
-        parts = [dataclasses.asdict(self.config), made_of, dtypes, digests]
+        parts = [dataclasses.asdict(self.config), _made_of(self.provenance), dtypes, digests]
         parts += [] if self.quantization is None else [self.quantization]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -394,6 +410,15 @@ class Checkpoint:
                 return flatten(checkpointer.restore(self._params, args=arguments))
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{self._params}: damaged ({error}); {self._remedy}") from error
+
+
+def _made_of(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a provenance is in an identity; likewise of the models that a mean is of besides the first."""
+    called = {"versions", "model", *(("source", "base") if provenance.get("files") else ())}
+    made_of = {key: value for key, value in provenance.items() if key not in called}
+    if others := made_of.get("averaged_with"):
+        made_of["averaged_with"] = [_made_of(other) for other in others]
+    return made_of
 
 
 def _open_adapter(folder: Path, written: Any) -> Adapter:

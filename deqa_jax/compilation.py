@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.compilation_cache import compilation_cache
-from jax.stages import Wrapped
+from jax.stages import Lowered, Traced, Wrapped
+
+_SPARING = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 
 def scoring_jit(
@@ -29,8 +32,34 @@ def scoring_jit(
     if platform == "cpu" and (dtype == "bfloat16" or quantized):
         # There, products in bfloat16 and of few bits are of weights cast to float32. In its usual order the compiler
         # casts those of all blocks before it needs them: 29 GiB at full size, against less than one in this order.
-        options["compiler_options"] = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+        return _Sparing(exact, options)
     return jax.jit(exact, **options)
+
+
+class _Sparing:
+    """A compiled function that the compiler is to save memory in, wherever it is no part of another one.
+
+    JAX takes what is asked of the compiler for a whole program only, so in a user's `jax.jit` or `jax.grad` it is left
+    out.
+    """
+
+    def __init__(self, function: Callable[..., Any], options: dict[str, Any]):
+        self._whole = jax.jit(function, **options, compiler_options=_SPARING)
+        self._part = jax.jit(function, **options)
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        return (self._part if _is_traced((arguments, named)) else self._whole)(*arguments, **named)
+
+    def trace(self, *arguments: Any, **named: Any) -> Traced:
+        return self._whole.trace(*arguments, **named)
+
+    def lower(self, *arguments: Any, **named: Any) -> Lowered:
+        return self._whole.lower(*arguments, **named)
+
+
+def _is_traced(arguments: Any) -> bool:
+    # In a function that is being compiled, all that is made anew is traced, though the arguments may be constants.
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in [jnp.zeros(()), *jax.tree.leaves(arguments)])
 
 
 def use_compilation_cache() -> None:

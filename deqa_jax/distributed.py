@@ -135,12 +135,22 @@ def agree(text: bytes) -> bool:
 
 @contextlib.contextmanager
 def first_goes_first() -> Iterator[None]:
-    """The first process runs the block, then all others do."""
+    """The first process runs the block, then all others do; they go on when all are done.
+
+    Where it fails in the first, the others try it too, so that each says what is wrong with its files.
+    """
     if not is_first():
         wait_for_all()
-    yield
+    try:
+        yield
+    except Exception:
+        if is_first():
+            wait_for_all()
+        raise
     if is_first():
         wait_for_all()
+    # What follows may be run together, and the block may have taken the others long.
+    wait_for_all()
 
 
 def check_shared(folder: Path) -> None:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -55,8 +56,11 @@ def refuse_existing(out: Path) -> None:
 
 
 def _temporary(out: Path) -> Path:
-    """Where this process makes what will be `out`: beside it, so that a rename is all that is left to do."""
-    return out.parent / f".{out.name}.{os.getpid()}.tmp"
+    """Where to make what will be `out`: beside it, so that a rename is all that is left to do.
+
+    Threads share a process number, and containers on common storage often do, so it would not tell two writers apart.
+    """
+    return out.parent / f".{out.name}.{uuid.uuid4().hex}.tmp"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -99,7 +103,6 @@ def new_folder(out: Path) -> Iterator[Path]:
     refuse_existing(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(out)
-    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary

@@ -156,8 +156,12 @@ def load_rgb(image: ImageLike, *, enough: int | None = None, most_pixels: float 
 
 def _check_size(image: Image.Image, most_pixels: float) -> None:
     width, height = image.size
+    if not width or not height:
+        raise ImageError(f"an image of {width}x{height} pixels")
     if width * height > most_pixels:
         raise ImageError(f"{width}x{height} pixels; the limit is {most_pixels / 1e6:g} megapixels")
+    if max(width, height) > _MAX_SIDE:
+        raise ImageError(f"{width}x{height} pixels; a side of more than {_MAX_SIDE} is refused")
 
 
 @contextlib.contextmanager
@@ -219,11 +223,7 @@ def _square(image: Image.Image, config: PreprocessConfig) -> UInt8[np.ndarray, "
     rows with picture in them are resized, a block at a time, and the padding above and below is put in after.
     """
     width, height = image.size
-    if not width or not height:
-        raise ImageError(f"an image of {width}x{height} pixels")
     side, size = max(width, height), config.size
-    if side > _MAX_SIDE:
-        raise ImageError(f"{width}x{height} pixels; a side of more than {_MAX_SIDE} is refused")
     left, top = (side - width) // 2, (side - height) // 2
     narrow = Image.new("RGB", (size, side), config.fill)
     rows = max(1, _BLOCK_PIXELS // side)

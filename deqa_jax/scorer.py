@@ -13,14 +13,16 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.stages import Lowered
 from jaxtyping import Array, Float, UInt8
+from PIL import Image
 
 from deqa_jax import builtin_model
 from deqa_jax.checkpoint import Checkpoint
 from deqa_jax.compilation import use_compilation_cache
 from deqa_jax.config import ConfigError, MeshConfig
+from deqa_jax.distributed import first_goes_first
 from deqa_jax.model.deqa import Deqa
 from deqa_jax.parameters import unflatten
-from deqa_jax.preprocess import ImageError, ImageLike, load_square
+from deqa_jax.preprocess import ImageError, ImageLike, load_rgb, load_square
 from deqa_jax.prompt import PROMPTS
 from deqa_jax.scoring_program import (
     Prediction,
@@ -177,7 +179,9 @@ class Scorer:
         if model is None:
             builtin_model.announce()
             model = builtin_model.whole_folder()
-        return cls(Checkpoint.open(resolve(os.fspath(model))), **options)
+        with first_goes_first():
+            checkpoint = Checkpoint.open(resolve(os.fspath(model)))
+        return cls(checkpoint, **options)
 
     def __call__(self, images: Sequence[ImageLike]) -> Float[np.ndarray, "N"]:
         """Scores of images in order, float32 from 1 (bad) to 5 (excellent). Takes and raises what `predict` does."""
@@ -198,7 +202,7 @@ class Scorer:
         Raises:
           ImageError: an image cannot be read; the message names it.
         """
-        if isinstance(images, str | os.PathLike | bytes | np.ndarray) or not len(images):
+        if isinstance(images, str | os.PathLike | bytes | np.ndarray | Image.Image) or not len(images):
             raise ValueError("images is a list of at least one image; for a single one write [image]")
         parts = []
         for items, prediction in self._batches(images, open_set=open_set, hidden=hidden):
@@ -212,7 +216,8 @@ class Scorer:
     def stream(self, images: Iterable[ImageLike], *, open_set: bool = False) -> Iterator[Result]:
         """Scores any number of images, in order, as they come; an image that cannot be read gets its `error`.
 
-        Decoding runs in threads beside the model, a few batches ahead. `open_set` is that of `predict`.
+        Decoding runs in threads beside the model, a few batches ahead; a PIL image is decoded when it comes, so what
+        is done to it afterwards changes nothing. `open_set` is that of `predict`.
         """
         for items, prediction in self._batches(images, open_set=open_set):
             row = 0
@@ -292,7 +297,16 @@ class Scorer:
     def _decoded(self, images: Iterable[ImageLike]) -> Iterator[tuple[ImageLike, np.ndarray | ImageError]]:
         """Images with their pixels, in order, read by threads that stay a bounded number of images ahead."""
 
-        def load(image: ImageLike) -> np.ndarray | ImageError:
+        def taken(image: ImageLike) -> ImageLike | ImageError:
+            # Here and now: two threads cannot read one PIL image, and it may show another frame when one gets to it.
+            try:
+                return load_rgb(image, most_pixels=self._most_pixels) if isinstance(image, Image.Image) else image
+            except ImageError as error:
+                return error
+
+        def load(image: ImageLike | ImageError) -> np.ndarray | ImageError:
+            if isinstance(image, ImageError):
+                return image
             try:
                 return load_square(image, self._preprocess, most_pixels=self._most_pixels)
             except ImageError as error:
@@ -304,7 +318,7 @@ class Scorer:
         pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
         try:
             for image in images:
-                queue.append((image, pool.submit(load, image)))
+                queue.append((image, pool.submit(load, taken(image))))
                 if len(queue) > ahead:
                     done, future = queue.popleft()
                     yield done, future.result()

@@ -221,6 +221,35 @@ def test_where_a_checkpoint_comes_from_is_not_what_it_is(change, damaged):
 
 @pytest.mark.parametrize(
     "change",
+    [{"model": "N"}, {"source": "hub/P"}, {"base": "B"}, {"versions": {"jax": "2"}}],
+    ids=str,
+)
+@pytest.mark.parametrize("depth", [1, 2])
+def test_where_the_models_of_a_mean_come_from_is_not_what_it_is(change, depth, damaged):
+    identities = []
+    for other in ({"model": "M", **CONVERTED}, {"model": "M", **CONVERTED, **change}):
+        mean = other
+        for _ in range(depth):
+            mean = {**CONVERTED, "averaged_with": [CONVERTED, mean]}
+        identities.append(identity_with(damaged, **mean))
+    assert identities[0] == identities[1]
+
+
+@pytest.mark.parametrize(
+    "change", [{"files": {**FILES, "b.safetensors": "34ce"}}, {"tensors": {}}, {"files": {}, "source": "Q"}], ids=str
+)
+def test_a_mean_with_another_model_is_another(change, damaged):
+    one, two = ([{"model": "M", **CONVERTED, **changes}] for changes in ({}, change))
+    assert identity_with(damaged, **CONVERTED, averaged_with=one) != identity_with(
+        damaged, **CONVERTED, averaged_with=two
+    )
+    assert identity_with(damaged, **CONVERTED, averaged_with=one) != identity_with(
+        damaged, **CONVERTED, averaged_with=one * 2
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
     [
         {"files": {**FILES, "b.safetensors": "34ce"}},
         {"files": {"a.safetensors": "12ab"}},

@@ -46,7 +46,18 @@ def test_options_reach_the_compiler():
     ],
 )
 def test_weights_that_are_cast_are_cast_when_they_are_needed(dtype, platform, quantized, sparing, monkeypatch):
-    monkeypatch.setattr(jax, "jit", lambda function, **options: options)
-    found = scoring_jit(jnp.matmul, dtype, platform, quantized=quantized)
+    monkeypatch.setattr(jax, "jit", lambda function, **options: lambda *arguments: options)
+    found = scoring_jit(jnp.matmul, dtype, platform, quantized=quantized)(1.0)
     schedule = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
     assert found == ({"compiler_options": schedule} if sparing else {})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_compiled_can_be_part_of_another_program(dtype):
+    square = scoring_jit(lambda x, *, times: times * x * x, dtype, "cpu", static_argnames="times")
+    x = jnp.float32(3)
+    assert jax.jit(lambda x: square(x, times=2))(x) == 18
+    assert jax.jit(lambda y: y + square(x, times=2))(x) == 21
+    assert jax.grad(lambda x: square(x, times=2))(x) == 12
+    assert jax.jit(jax.value_and_grad(lambda x: square(x, times=2)))(x) == (18, 12)
+    assert square.lower(x, times=2).compile()(x) == 18

@@ -217,8 +217,8 @@ def test_only_process_0_is_the_first(index: int, process: Callable[[int, int], l
     assert is_first() == (index == 0)
 
 
-@pytest.mark.parametrize(("index", "expected"), [(0, ["block", "wait"]), (1, ["wait", "block"])])
-def test_the_others_wait_for_the_first(
+@pytest.mark.parametrize(("index", "expected"), [(0, ["block", "wait", "wait"]), (1, ["wait", "block", "wait"])])
+def test_the_others_wait_for_the_first_and_it_then_for_them(
     index: int, expected: list[str], process: Callable[[int, int], list[str]]
 ) -> None:
     waits, order = process(index, 2), []
@@ -227,6 +227,14 @@ def test_the_others_wait_for_the_first(
         order.append("block")
     order += ["wait"] * (len(waits) - order.count("wait"))
     assert order == expected
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_where_the_first_fails_the_others_try_it_too(index: int, process: Callable[[int, int], list[str]]) -> None:
+    waits = process(index, 2)
+    with pytest.raises(OSError, match="not here"), first_goes_first():
+        raise OSError("not here")
+    assert len(waits) == 1
 
 
 def test_no_two_waits_have_the_same_name(process: Callable[[int, int], list[str]]) -> None:

@@ -73,15 +73,20 @@ def test_what_appears_meanwhile_is_refused_and_left_alone(tmp_path):
     assert (out / "x").read_text() == "of another process"
 
 
-def test_remains_of_a_killed_process_are_swept_away(tmp_path):
-    with new_folder(tmp_path / "M") as temporary:
-        name = temporary.name
-    shutil.rmtree(tmp_path / "M")
-    (tmp_path / name).mkdir()
-    (tmp_path / name / "old").write_text("")
-    with new_folder(tmp_path / "M"):
-        pass
-    assert list(tmp_path.rglob("*")) == [tmp_path / "M"]
+def test_two_that_make_the_same_folder_do_not_touch_each_others(tmp_path):
+    """Two threads, or processes of one number in containers: the one that is done first wins."""
+    with new_folder(tmp_path / "M") as first:
+        (first / "x").write_text("first")
+        with pytest.raises(FileExistsError, match="made meanwhile"), new_folder(tmp_path / "M") as second:  # noqa: PT012
+            (second / "x").write_text("second")
+            assert (first / "x").read_text() == "first"
+            assert {first.name[:3], second.name[:3]} == {".M."}
+            assert {first.suffix, second.suffix} == {".tmp"}
+            (tmp_path / "M").mkdir()
+            (tmp_path / "M" / "x").write_text("of a third")
+        shutil.rmtree(tmp_path / "M")
+    assert (tmp_path / "M" / "x").read_text() == "first"
+    assert list(tmp_path.iterdir()) == [tmp_path / "M"]
 
 
 # ---- files ------------------------------------------------------------------------------------------------

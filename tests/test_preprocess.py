@@ -114,9 +114,14 @@ def test_a_panorama_needs_no_giant_square(size, config, monkeypatch):
     assert load_square(image, config).shape == (448, 448, 3)
 
 
-def test_an_image_longer_than_any_photograph_is_refused(config):
-    with pytest.raises(ImageError, match="1000000x2 pixels"):
-        load_square(Image.new("RGB", (1_000_000, 2)), config)
+def test_an_image_longer_than_any_photograph_is_refused_before_it_is_decoded(config, tmp_path):
+    path = tmp_path / "long.png"
+    Image.new("RGB", (1_000_000, 2)).save(path)
+    # What follows the header is damaged, which nobody finds out.
+    path.write_bytes(path.read_bytes()[:64])
+    for image, name in ((path, r"long\.png"), (Image.new("RGB", (1_000_000, 2)), "an image")):
+        with pytest.raises(ImageError, match=f"{name}: 1000000x2 pixels; a side of more than 65536 is refused"):
+            load_square(image, config)
 
 
 # ---- kinds of images --------------------------------------------------------------------------------------

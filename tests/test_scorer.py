@@ -1,4 +1,5 @@
 import dataclasses
+import io
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from PIL import Image
+from PIL import Image, ImageSequence
 from recipe import recipe_tensors
 
 from deqa_jax import Scorer
@@ -125,6 +126,50 @@ def test_every_kind_of_input_gives_the_same_score(scorer: Scorer, images: Path) 
     assert scores.dtype == np.float32
 
 
+def encoded(*frames: Image.Image, format: str) -> io.BytesIO:
+    file = io.BytesIO()
+    frames[0].save(file, format=format, save_all=len(frames) > 1, append_images=frames[1:])
+    return file
+
+
+def test_an_unread_image_may_come_several_times(scorer: Scorer) -> None:
+    """Read by two threads at once it would be half of its pixels, or an error."""
+    file = encoded(Image.effect_noise((1500, 1000), 50).convert("RGB"), format="PNG")
+    (expected,) = scorer([file.getvalue()])
+    for _ in range(3):
+        with Image.open(file) as opened:
+            results = list(scorer.stream([opened] * 4))
+        assert [(result.score, result.error) for result in results] == [(expected, None)] * 4
+
+
+def test_what_is_done_to_an_image_after_it_came_changes_nothing(scorer: Scorer) -> None:
+    """The frames of a film are one image, which goes from one to the next."""
+    random = np.random.default_rng(0)
+    frames = [Image.fromarray(random.integers(0, 256, (60, 40), np.uint8)) for _ in range(8)]
+    with Image.open(encoded(*frames, format="GIF")) as film:
+        scores = [result.score for result in scorer.stream(ImageSequence.Iterator(film))]
+    expected = [scorer([frame])[0] for frame in frames]
+    assert scores == expected
+    assert len(set(scores)) == len(frames)
+
+    def closed_behind() -> Any:
+        for frame in frames:
+            with Image.open(encoded(frame, format="PNG")) as opened:
+                yield opened
+            opened.close()
+
+    assert [result.score for result in scorer.stream(closed_behind())] == expected
+
+
+def test_an_open_image_that_cannot_be_read_is_named_where_it_stands(scorer: Scorer, images: Path) -> None:
+    with Image.open(images / "truncated.jpg") as bad, Image.open(images / "gray.png") as good:
+        results = list(scorer.stream([good, bad, Image.new("RGB", (1 << 17, 1)), bad, good]))
+    assert [result.error is None for result in results] == [True, False, False, False, True]
+    assert results[0].score == results[4].score == scorer([images / "gray.png"])[0]
+    assert "truncated.jpg: " in str(results[1].error)
+    assert results[2].error == "an image: 131072x1 pixels; a side of more than 65536 is refused"
+
+
 def test_a_batch_is_compiled_once(scorer: Scorer, images: Path) -> None:
     scorer([images / "gray.png"])
     compiled = scorer._run._cache_size()
@@ -236,7 +281,9 @@ def test_predict_names_a_bad_image(scorer: Scorer, images: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "images", ["photo.jpg", b"content", Path("x.png"), [], np.zeros((4, 4, 3), np.uint8)], ids=repr
+    "images",
+    ["photo.jpg", b"content", Path("x.png"), [], np.zeros((4, 4, 3), np.uint8), Image.new("RGB", (4, 4))],
+    ids=lambda images: type(images).__name__,
 )
 def test_images_are_a_list_of_at_least_one(scorer: Scorer, images: Any) -> None:
     with pytest.raises(ValueError, match="a list of at least one image"):

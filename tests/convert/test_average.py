@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +15,7 @@ from small_runs import TINY, write_tiny
 from deqa_jax.checkpoint import Checkpoint, InMemory
 from deqa_jax.config import QuantizedError
 from deqa_jax.convert.average import averaged
+from deqa_jax.convert.hf import open_weights
 from deqa_jax.convert.tensors import ConversionError
 from deqa_jax.convert.to_jax import convert
 from deqa_jax.convert.to_published import export
@@ -58,6 +60,32 @@ def test_published_models_have_a_mean_with_converted_ones(models, tmp_path):
     half = leaves_of(tmp_path / "half")[PATH]
     assert half.dtype == np.float16
     np.testing.assert_array_equal(half, expected.astype(np.float16))
+
+
+def test_a_mean_is_exported_with_all_its_digits(models, tmp_path):
+    """What it is the mean of came with fewer."""
+    for seed in (0, 1):
+        export(models[seed], tmp_path / f"P{seed}", dtype="float16")
+    convert(str(tmp_path / "P0"), tmp_path / "mean", average=[str(tmp_path / "P1")])
+    export(tmp_path / "mean", tmp_path / "out")
+    export(tmp_path / "mean", tmp_path / "half", dtype="float16")
+    mean = leaves_of(tmp_path / "mean")[PATH]
+    assert (mean != mean.astype(np.float16)).any()
+    for folder, dtype in (("out", np.float32), ("half", np.float16)):
+        tensors, _ = open_weights(tmp_path / folder)
+        assert {tensor.dtype for tensor in tensors.values()} == {np.dtype(dtype)}
+        np.testing.assert_array_equal(tensors["model.norm.weight"].read(), mean.astype(dtype))
+
+
+def test_a_mean_of_the_same_files_is_one_wherever_they_lay(models, tmp_path):
+    for seed in (0, 1):
+        export(models[seed], tmp_path / f"P{seed}")
+    moved = [str(shutil.copytree(tmp_path / f"P{seed}", tmp_path / "moved" / f"Q{seed}")) for seed in (0, 1)]
+    convert(str(tmp_path / "P0"), tmp_path / "one", average=[str(tmp_path / "P1")])
+    convert(moved[0], tmp_path / "two", average=[moved[1]])
+    convert(moved[0], tmp_path / "other", average=[moved[0]])
+    identities = [Checkpoint.open(tmp_path / name).identity for name in ("one", "two", "other")]
+    assert identities[0] == identities[1] != identities[2]
 
 
 def test_a_mean_with_itself_is_the_model(models, tmp_path):

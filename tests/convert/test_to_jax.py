@@ -3,18 +3,22 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
 import shutil
+import threading
 import tracemalloc
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
 from opening import merge_adapter, open_published
+from orbax.checkpoint._src.futures.synchronization import OperationIdGenerator
 from recipe import recipe_tensors, to_ours
 from torch_writer import save_tensors
 
@@ -203,12 +207,8 @@ def _cut(path: Path) -> None:
 
 
 def _pickle_of_a_call(folder: Path) -> None:
-    (folder / SHARDS[0]).unlink()
-    shutil.rmtree(folder / "archive", ignore_errors=True)
-    (folder / "archive").mkdir()
-    (folder / "archive" / "data.pkl").write_bytes(b"\x80\x02cos\nsystem\nX\x08\0\0\0touch xy\x85R.")
-    made = shutil.make_archive(str(folder / "zip"), "zip", folder, "archive")
-    os.rename(made, folder / SHARDS[0])
+    with zipfile.ZipFile(folder / SHARDS[0], "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02cos\nsystem\nX\x08\0\0\0touch xy\x85R.")
 
 
 def _dtype_of(key: str, dtype: Any) -> dict[str, np.ndarray]:
@@ -572,6 +572,41 @@ def test_published_folder_is_converted_once(
     assert Checkpoint.open(first).config == CONFIG
     monkeypatch.setattr(to_jax, "convert", lambda *_, **__: pytest.fail("converted again"))
     assert resolve(str(source)) == first
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_each_of_several_processes_converts_for_itself(
+    write: WriteFolder, cache: Path, monkeypatch: pytest.MonkeyPatch, process: int
+) -> None:
+    """There is no other here, so waiting for one would fail; nor may those count who convert, where others do not."""
+    source, counted = write(), OperationIdGenerator.get_current_operation_id()
+    with monkeypatch.context() as several:
+        several.setattr(jax, "process_index", lambda: process)
+        several.setattr(jax, "process_count", lambda: 2)
+        folder = resolve(str(source))
+    assert list(cache.iterdir()) == [folder]
+    _assert_leaves(folder, {path: array.astype(np.float16) for path, array in OURS.items()})
+    assert OperationIdGenerator.get_current_operation_id() == counted
+
+
+def test_threads_that_ask_for_the_same_model_all_get_it(
+    write: WriteFolder, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All begin before one is done, each in a folder of its own."""
+    source, together, original = write(), threading.Barrier(2), to_jax.write_checkpoint
+    made = set()
+
+    def write_together(folder: Path, **named: Any) -> None:
+        made.add(folder)
+        together.wait(60)
+        original(folder, **named)
+
+    monkeypatch.setattr(to_jax, "write_checkpoint", write_together)
+    with ThreadPoolExecutor(2) as pool:
+        folders = set(pool.map(resolve, [str(source)] * 2))
+    assert len(made) == 2
+    assert list(cache.iterdir()) == [*folders]
+    _assert_leaves(*folders, {path: array.astype(np.float16) for path, array in OURS.items()})
 
 
 @pytest.mark.parametrize("changed", ["config.json", "preprocessor_config.json", SHARDS[1], "new.json"])

@@ -190,6 +190,29 @@ def test_score_writes_what_one_process_writes(place, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "together"]
 
 
+def test_a_model_is_converted_by_each_process_that_does_not_find_it_converted(tmp_path):
+    """On machines without common storage; they then read it together."""
+    code = """
+import os
+os.environ["XDG_CACHE_HOME"] = os.environ["JAX_PROCESS_ID"]
+from deqa_jax import Scorer, distributed
+
+class Opened(Scorer):
+    def __init__(self, checkpoint):
+        print(checkpoint.folder, sum(float(abs(leaf).sum()) for leaf in checkpoint.restore().values()))
+
+distributed.join()
+Opened.from_pretrained("deqa-tiny")
+distributed.leave()
+"""
+    launcher = [sys.executable, "-m", "deqa_jax.launch.local", "-n", "2", "--devices", "1", "--"]
+    done = subprocess.run([*launcher, sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in sorted(done.stdout.splitlines()) if "deqa-tiny" in line]
+    assert [line[1].split("/")[0] for line in lines] == ["0", "1"]
+    assert len({line[2] for line in lines}) == 1
+
+
 def test_score_of_different_files_is_refused(place, tmp_path):
     (tmp_path / "own-1.png").symlink_to(place / "pictures" / "21.png")
     (tmp_path / "own-0.png").symlink_to(place / "pictures" / "22.png")
