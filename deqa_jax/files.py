@@ -1,5 +1,6 @@
 """Files that are whole or not there, and JSON read with errors that name the file."""
 
+import collections
 import contextlib
 import hashlib
 import json
@@ -22,13 +23,25 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_json_value(path: Path) -> Any:
-    """Any JSON value from a file. Raises `ConfigError` or `OSError` naming the file."""
+    """Any JSON value from a file, without names that are there twice. Raises `ConfigError` or `OSError` naming it."""
+    repeated: list[str] = []
+
+    def once(entries: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(entries)
+        if len(value) < len(entries):
+            times = collections.Counter(name for name, _ in entries)
+            repeated.extend(name for name in value if times[name] > 1)
+        return value
+
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file") from error
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not JSON ({error})") from error
+    if repeated:
+        raise ConfigError(first_of([f"{path}: {name!r} is there twice" for name in repeated]))
+    return value
 
 
 def sha256(path: Path) -> str:

@@ -231,17 +231,23 @@ def _finished(path: Path, image_set: ImageSet) -> set[str]:
     """Ids of the predictions that a file has; the file is not changed, as others may yet be refused."""
     ids: set[str] = set()
     number = 0
-    known = {item.id for item in image_set.items}
+    known = {item.id: item.image for item in image_set.items}
     content = path.read_bytes() if path.exists() else b""
     lines = _whole_lines(content)
     for number, line in enumerate(lines, 1):
         try:
-            id = json.loads(line)["id"]
-            foreign, twice = id not in known, id in ids
+            entry = json.loads(line)
+            id = entry["id"]
+            foreign, twice, of_another = id not in known, id in ids, entry.get("image", known.get(id)) != known.get(id)
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise InferenceError(f"{path}:{number}: not a prediction; remove the line, or the file") from error
         if foreign:
             raise InferenceError(f"{path}:{number}: {id!r} is not in these metas; choose another folder with --out")
+        if of_another:
+            raise InferenceError(
+                f"{path}:{number}: {id!r} was predicted of {entry['image']!r}, but is {known[id]!r} in these metas; "
+                "choose another folder with --out"
+            )
         if twice:
             raise InferenceError(f"{path}:{number}: {id!r} is there twice; remove the line, or the file")
         ids.add(id)

@@ -214,10 +214,11 @@ class Scorer:
         return Prediction(*(None if field[0] is None else np.concatenate(field) for field in fields))
 
     def stream(self, images: Iterable[ImageLike], *, open_set: bool = False) -> Iterator[Result]:
-        """Scores any number of images, in order, as they come; an image that cannot be read gets its `error`.
+        """Scores any number of images, in order, as they come.
 
-        Decoding runs in threads beside the model, a few batches ahead; a PIL image is decoded when it comes, so what
-        is done to it afterwards changes nothing. `open_set` is that of `predict`.
+        An image that cannot be read, or whose score is no number, gets its `error`. Decoding runs in threads beside the
+        model, a few batches ahead; a PIL image is decoded when it comes, so what is done to it afterwards changes
+        nothing. `open_set` is that of `predict`.
         """
         for items, prediction in self._batches(images, open_set=open_set):
             row = 0
@@ -229,8 +230,11 @@ class Scorer:
                 score, std = float(prediction.score[row]), float(prediction.std[row])
                 levels = (prediction.probs, prediction.logits, prediction.open_probs)
                 probs, logits, open_probs = (None if x is None else tuple(x[row].tolist()) for x in levels)
-                yield Result(image, score, std, probs, logits, open_probs)
                 row += 1
+                if not math.isfinite(score):
+                    yield Result(image, error=f"the score is {score}: the model's weights are damaged")
+                    continue
+                yield Result(image, score, std, probs, logits, open_probs)
 
     def predict_pixels(self, pixels: UInt8[Array, "B H W 3"], *, open_set: bool = False) -> Prediction:
         """Scores what is on the device already; compiled once for every batch size B.

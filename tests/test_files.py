@@ -15,6 +15,9 @@ def test_reading_json_names_the_file(tmp_path):
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(ConfigError, match=r"x\.json: not JSON"):
         read_json(tmp_path / "x.json")
+    (tmp_path / "x.json").write_text('[{"a": 1, "b": {"c": 2, "d": 3, "c": 4}}]')
+    with pytest.raises(ConfigError, match=r"x\.json: 'c' is there twice$"):
+        read_json_value(tmp_path / "x.json")
     (tmp_path / "x.json").write_text("3")
     with pytest.raises(ConfigError, match=r"x\.json: not a JSON object"):
         read_json(tmp_path / "x.json")

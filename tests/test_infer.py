@@ -1,6 +1,7 @@
 """`deqa infer`: the published lines, and files that any interruption leaves fit to go on with."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import random
@@ -748,6 +749,15 @@ def test_a_damaged_line_is_refused_until_it_is_removed_as_told(line, finished):
     (out / "two.json").write_bytes(lines[0] + b"".join(lines[2:]))
     assert infer(Pretended(), sets, out) == 0
     assert (out / "two.json").read_bytes() == whole
+
+
+def test_predictions_of_another_image_of_the_same_name_are_refused(finished):
+    out, sets = finished
+    item = sets[0].items[0]
+    moved = dataclasses.replace(item, image="elsewhere/" + item.image)
+    changed = [dataclasses.replace(sets[0], items=[moved, *sets[0].items[1:]]), *sets[1:]]
+    message = refused(another(), changed, out, "choose another folder with --out")
+    assert f"{item.id!r} was predicted of {item.image!r}, but is {moved.image!r} in these metas" in message
 
 
 @pytest.mark.parametrize("id", ["x.png->1.0", 5, None])

@@ -1,7 +1,7 @@
 import dataclasses
 import io
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +210,24 @@ def test_stream_keeps_order_and_reports_bad_images_where_they_stand(scorer: Scor
         else:
             assert result.error is None
             assert result.score == scorer([images / name])[0]
+
+
+def test_a_score_that_is_no_number_is_an_error(scorer: Scorer, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As damaged weights make it; of the others in its batch nothing is lost."""
+    names = [images / name for name in ("gray.png", "square.png", "wide.png")]
+    batches = scorer._batches
+
+    def damaged(*arguments: Any, **named: Any) -> Iterator[tuple[Any, Any]]:
+        for items, prediction in batches(*arguments, **named):
+            score = np.where([item is names[1] for item, _ in items], np.nan, prediction.score[: len(items)])
+            yield items, prediction._replace(score=score)
+
+    expected = [result.score for result in scorer.stream(names)]
+    monkeypatch.setattr(scorer, "_batches", damaged)
+    first, second, third = scorer.stream(names)
+    assert [first.score, third.score] == [expected[0], expected[2]]
+    assert second.error == "the score is nan: the model's weights are damaged"
+    assert second[1:-1] == (None,) * 5
 
 
 def test_stream_says_all_that_predict_says(scorer: Scorer, images: Path) -> None:

@@ -100,6 +100,8 @@ def read_csv(path: Path, columns: Mapping[str, str], *, test_ratio: float, seed:
     if not header:
         raise OpinionError(f"{path}: the first line does not name the columns")
     names = {column: columns.get(column, column) for column in COLUMNS}
+    if shared := [column for column in columns if list(names.values()).count(names[column]) > 1]:
+        raise OpinionError(f"{path}: {', '.join(shared)}: column {names[shared[0]]!r} is another one's too")
     missing = [names[column] for column in COLUMNS if column in ("image", "mos", *columns)]
     missing = [name for name in missing if name not in header]
     if missing:

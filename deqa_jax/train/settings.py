@@ -139,6 +139,16 @@ class TrainConfig:
             raise ConfigError("; ".join(problems))
 
 
+class _EachOnce(yaml.SafeLoader):
+    """Refuses an entry that is there twice, of which YAML's reader would take the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if repeated := [name for number, name in enumerate(names) if name in names[:number]]:
+            raise ConfigError(f"{repeated[0]} is there twice")
+        return super().construct_mapping(node, deep)
+
+
 def read_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """Reads a YAML file, with overrides such as `--optimizer.learning_rate 1e-5` after it.
 
@@ -149,7 +159,7 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
         raise ConfigError(f"{path}: no such file")
     usage = io.StringIO()
     try:
-        written = yaml.safe_load(path.read_text(encoding="utf-8"))
+        written = yaml.load(path.read_text(encoding="utf-8"), _EachOnce)
         if not isinstance(written, dict):
             raise ConfigError("not a mapping of entries to values")
         _refuse_empty(written)

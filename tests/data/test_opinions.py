@@ -236,6 +236,11 @@ def test_a_column_that_was_named_must_be_there(columns, table):
     assert f"no column {next(iter(columns.values()))!r}; it has 'image', 'mos', 'std'." in refusal(table, GOOD, columns)
 
 
+def test_one_column_cannot_be_two_things(table):
+    message = refusal(table, "image,mos\na.png,3\n", {"image": "mos"})
+    assert message.endswith(".csv: image: column 'mos' is another one's too")
+
+
 def test_every_row_with_a_field_too_many_is_named(table):
     message = refusal(table, "image,mos\na, b.png,3\nc.png,4\nd.png,5,6,7\n")
     assert [line.partition(".csv:")[2][:26] for line in message.splitlines()] == [

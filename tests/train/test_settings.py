@@ -188,6 +188,8 @@ def test_entries_that_are_unknown_or_of_the_wrong_kind_are_named(text, named, re
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
+        ("steps: 3\nsteps: 5", "steps is there twice"),
+        ("optimizer: {accumulate: 2, accumulate: 3}", "accumulate is there twice"),
         ("steps: -1", "steps is at least 0, not -1"),
         ("epochs: 0", "epochs is above 0, not 0"),
         ("epochs: .nan", "epochs is above 0, not nan"),
