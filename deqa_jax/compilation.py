@@ -44,6 +44,7 @@ class _Sparing:
     """
 
     def __init__(self, function: Callable[..., Any], options: dict[str, Any]):
+        functools.update_wrapper(self, function)
         self._whole = jax.jit(function, **options, compiler_options=_SPARING)
         self._part = jax.jit(function, **options)
 
